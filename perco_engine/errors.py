@@ -1,0 +1,85 @@
+"""Every exception that the engine raises on purpose.
+
+    PercoError
+    ├── BitstreamError            the bytes are not a file that this release can read
+    │   ├── NotAPercoFile         wrong magic
+    │   ├── UnsupportedVersion    a format version that this release does not know
+    │   ├── UnsupportedChunk      a required chunk of an unknown kind or coding
+    │   ├── TruncatedFile         the bytes end too early
+    │   ├── ChecksumMismatch      the bytes are not those that were written
+    │   ├── InvalidHeader         a header field outside of its range
+    │   ├── InvalidStream         a stream or chunk that no writer of the format makes
+    │   └── LimitExceeded         a text, a chunk or a picture larger than the limits allow
+    ├── ModelError
+    │   ├── ModelUnavailable      the model is not known, or not on this machine
+    │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
+    │   └── UnsupportedRatePoint  the model does not offer this rate point
+    ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
+    └── CoderUnavailable          torchac's extension was asked for and is not built
+
+Each message says what is wrong and, where there is something to do, what to do.
+"""
+
+
+class PercoError(Exception):
+    """Base of all errors of perco_engine."""
+
+
+class BitstreamError(PercoError):
+    """The bytes are not a .perco file that this release can read."""
+
+
+class NotAPercoFile(BitstreamError):
+    """The file does not begin with the magic of the format."""
+
+
+class UnsupportedVersion(BitstreamError):
+    """The file was written in a format version that this release does not know."""
+
+
+class UnsupportedChunk(BitstreamError):
+    """The file holds a required chunk of a kind or coding that this release does not know."""
+
+
+class TruncatedFile(BitstreamError):
+    """The file ends before everything that its header announces."""
+
+
+class ChecksumMismatch(BitstreamError):
+    """The checksum at the end of the file does not match its contents."""
+
+
+class InvalidHeader(BitstreamError):
+    """A field of the header is outside of the range that FORMAT.md gives for it."""
+
+
+class InvalidStream(BitstreamError):
+    """The contents of a stream or a chunk are not what any writer of the format makes."""
+
+
+class LimitExceeded(BitstreamError):
+    """A text, a chunk or a picture is larger than the limits of FORMAT.md or of the caller."""
+
+
+class ModelError(PercoError):
+    """A model cannot be found, loaded or used as asked."""
+
+
+class ModelUnavailable(ModelError):
+    """The model that is asked for, or that a file names, is not on this machine."""
+
+
+class InvalidModel(ModelError):
+    """A model folder cannot be loaded as what it declares to be."""
+
+
+class UnsupportedRatePoint(ModelError):
+    """The model does not offer the rate point that a file names."""
+
+
+class BudgetTooSmall(PercoError, ValueError):
+    """Not even the lowest rate point fits into the bytes that were allowed."""
+
+
+class CoderUnavailable(PercoError):
+    """torchac's compiled extension was asked for and is not built on this machine."""

@@ -1,0 +1,122 @@
+"""`perco bench`: what things cost on this machine, as numbers for people and programs.
+
+Times are medians; start-up costs are measured in fresh processes.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+
+SIZE = 768, 512
+
+_IMPORT = """
+import sys, time
+from PIL import Image
+Image.preinit()
+start = time.perf_counter()
+import pillow_perco
+print((time.perf_counter() - start) * 1000)
+"""
+
+_OPEN = """
+import sys, time
+from PIL import Image
+import pillow_perco
+times = []
+for _ in range(20):
+    start = time.perf_counter()
+    Image.open(sys.argv[1]).close()
+    times.append((time.perf_counter() - start) * 1000)
+print(sorted(times)[len(times) // 2])
+"""
+
+_PEAK = """
+import resource, sys
+import pillow_perco
+from PIL import Image
+pillow_perco.save(Image.open(sys.argv[1]), sys.argv[2], bpp=1)
+Image.open(sys.argv[2]).load()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+"""
+
+
+def _fresh_process(code: str, *arguments: str, times: int = 5) -> float:
+    """The median of the number that `code` prints, each time in a new interpreter."""
+    command = [sys.executable, "-c", code, *arguments]
+    return statistics.median(
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(times)
+    )
+
+
+def _median_seconds(action: Callable[[], Any], times: int) -> float:
+    """The median time of `action` after one run that is not counted."""
+    action()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
+    """Every figure of the bench, for `photo` cropped and resized to 768x512."""
+    import torch
+    from PIL import ImageOps
+
+    from perco_engine import get_engine
+
+    photo = ImageOps.fit(photo.convert("RGB"), SIZE)
+    engine = get_engine()
+    figures: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder) / "photo.png", Path(folder) / "photo.perco"
+        photo.save(source)
+        target.write_bytes(engine.encode(photo))
+        figures["import pillow_perco, beyond PIL, cold (ms)"] = _fresh_process(_IMPORT, times=times)
+        figures["Image.open (ms)"] = _fresh_process(_OPEN, str(target), times=times)
+        figures["peak memory of a save and a load (MB)"] = _fresh_process(_PEAK, str(source), str(target), times=1)
+    for point in engine.rate_points:
+        data = engine.encode(photo, bpp=point.bpp)
+        figures[f"file at {point.bpp} bpp (bytes)"] = len(data)
+        figures[f"encode at {point.bpp} bpp (s)"] = _median_seconds(partial(engine.encode, photo, bpp=point.bpp), times)
+    figures["decode, default steps (s)"] = _median_seconds(lambda: engine.decode(data), times)
+    for steps in (0, 1, 4, 20):
+        figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)
+    figures["decode to 256 pixels (s)"] = _median_seconds(lambda: engine.decode(data, max_size_px=256), times)
+    return {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(engine.device),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "python": platform.python_version(),
+            "torch": torch.__version__.split("+")[0],
+        },
+        "picture": f"{SIZE[0]}x{SIZE[1]}",
+        "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines of text."""
+    lines = [", ".join(f"{name} {value}" for name, value in result["machine"].items())]
+    width = max(len(name) for name in result["figures"])
+    lines += [f"{name:<{width}}  {value:>10.4g}" for name, value in result["figures"].items()]
+    return "\n".join(lines)
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The result as JSON."""
+    return json.dumps(result, indent=1)

@@ -1,0 +1,40 @@
+"""`perco doctor`: what this installation has, and what it lacks."""
+
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from perco_engine import engine, torchac_backend, weights
+from perco_engine.errors import ModelUnavailable
+
+PACKAGES = (
+    "pillow-perco", "pillow", "numpy", "torch", "diffusers", "transformers", "safetensors", "vector-quantize-pytorch",
+    "torchac", "brotli", "click", "platformdirs",
+)  # fmt: skip
+
+
+def report() -> Iterator[str]:
+    """The findings, a line each."""
+    yield f"{'python':<24} {platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = f"missing: pip install {package}"
+        yield f"{package:<24} {found}"
+    device = engine.best_device()
+    yield f"{'device':<24} {device}, {str(engine.best_dtype(device)).removeprefix('torch.')}"
+    for spec in weights.REGISTRY:
+        try:
+            where = str(weights.find(spec.name).folder)
+        except ModelUnavailable as error:
+            where = str(error)
+        yield f"{'model ' + spec.name:<24} {where}"
+    yield f"{'models folder':<24} {weights.home() / 'models'} (moved by PERCO_HOME)"
+    compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
+    yield f"{'C++ compiler, ninja':<24} {compiler or 'none'}, {ninja or 'none'}"
+    if torchac_backend.available():
+        yield f"{'torchac extension':<24} built: long streams are coded by it"
+    else:
+        yield f"{'torchac extension':<24} not built: the built-in coder serves (perco doctor --build-torchac builds it)"

@@ -1,0 +1,100 @@
+"""A model folder, component by component: which classes it may name, and how their weights are loaded."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import is_accelerate_available
+
+from .errors import InvalidModel
+
+COMPONENT_CLASSES = {
+    "vae": {
+        "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
+        "PatchAutoencoder": "perco_engine.models.autoencoder",
+    },
+    "hyper_enc": {
+        "ElicHyperEncoder": "perco_engine.models.hyper_encoder",
+        "HificHyperEncoder": "perco_engine.models.hyper_encoder",
+        "HyperLadder": "perco_engine.models.ladder",
+    },
+    "unet": {"UNet2DConditionModel": "perco_engine.models.unet"},
+    "scheduler": {
+        "DDIMScheduler": "diffusers.schedulers.scheduling_ddim",
+        "PNDMScheduler": "diffusers.schedulers.scheduling_pndm",
+    },
+    "text_encoder": {"CLIPTextModel": "transformers"},
+    "tokenizer": {"CLIPTokenizer": "transformers"},
+}
+"""Every class that a model folder may name, and the module that it is imported from; those the folder names are not."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.  Raises InvalidModel where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidModel(f"{path} does not hold a JSON object")
+    return value
+
+
+def is_null(entry: Any) -> bool:
+    """Whether a line of model_index.json, as in [module, class] or [null, null], says that there is no component."""
+    return entry is None or entry == [None, None]
+
+
+def component_class(folder: Path, name: str, class_name: str) -> Any:
+    """The class that loads a component.
+
+    Raises InvalidModel for a class that is not in COMPONENT_CLASSES.
+    """
+    if name == "hyper_enc" and class_name == "HyperEncoder":  # what the reference calls both designs
+        config = read_json(folder / name / "config.json")
+        class_name = "HificHyperEncoder" if "num_residual_blocks" in config else "ElicHyperEncoder"
+    if class_name not in COMPONENT_CLASSES[name]:
+        known = ", ".join(COMPONENT_CLASSES[name])
+        raise InvalidModel(f"{folder}: {name} is a {class_name}, which this release does not know (it knows {known})")
+    return getattr(importlib.import_module(COMPONENT_CLASSES[name][class_name]), class_name)
+
+
+def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype) -> Any:
+    """One component of a model folder, or None where model_index.json has null for it or does not name it.
+
+    entry: its line in model_index.json, [module, class].
+
+    Raises InvalidModel where it is not there, of an unknown class, pickled, or does not fit its own configuration.
+    """
+    if is_null(entry):
+        return None
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise InvalidModel(f"{folder / 'model_index.json'}: {name} must be [module, class], not {entry!r}")
+    path = folder / name
+    if not path.is_dir():
+        raise InvalidModel(f"{folder} has no folder {name}, which its model_index.json names")
+    kind = component_class(folder, name, entry[1])
+    if name in ("scheduler", "tokenizer"):
+        options: dict[str, Any] = {}
+    else:
+        if not list(path.glob("*.safetensors")):
+            raise InvalidModel(f"{path} has no weights in safetensors; pickled weights (.bin, .pt) are not opened")
+        options = {"use_safetensors": True, "output_loading_info": True}
+        if name == "text_encoder":
+            options["dtype"] = torch_dtype
+        else:
+            options |= {"torch_dtype": torch_dtype, "low_cpu_mem_usage": is_accelerate_available()}
+    try:
+        loaded = kind.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise whatever a wrong file leads them to
+        raise InvalidModel(f"cannot load {path}: {error}") from error
+    if not options:
+        return loaded
+    component, info = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            some = ", ".join(str(key) for key in list(info[problem])[:3])
+            raise InvalidModel(f"the weights in {path} do not fit its configuration: {problem} {some}")
+    return component.eval()

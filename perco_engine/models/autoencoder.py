@@ -1,0 +1,152 @@
+"""The small autoencoder of the embedded model: linear algebra first, a network for what that leaves.
+
+Both halves are the sum of a linear map of 8x8 patches and a convolutional network.  The linear maps are solved, not
+trained (whitened principal components one way, least squares over 3x3 patches the other: `fit_linear`), so that the
+network starts from a picture instead of from noise, and so that a preview at 1/8, 1/4 or 1/2 size is one small
+convolution (`decode_preview`).  All heavy layers work at 1/8 and 1/4 of the picture's size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+PATCH = 8
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), 3x3; no normalisation, so that what a pixel becomes is its neighbours' matter."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = zero_conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change: Tensor = self.conv2(F.silu(self.conv1(F.silu(x))))
+        return x + change
+
+
+def zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that starts at zero, so that a branch that ends in it adds nothing at first."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+@dataclass
+class AutoencoderOutput(BaseOutput):
+    """What `encode` returns: `latents` (b, latent_channels, h/8, w/8), about unit variance a channel."""
+
+    latents: Tensor
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """What `decode` returns: `sample` (b, 3, h, w), about -1..1."""
+
+    sample: Tensor
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Autoencoder with a downsampling factor of 8.
+
+    latent_channels: channels of the latents.
+    width: channels of the network at 1/8 of the size; it has 2/5 of them at 1/4.
+    depth: residual blocks of the decoder at each of the two sizes; the encoder has two thirds of them.
+    scaling_factor: kept for the pipeline; the latents have unit variance by construction.
+    """
+
+    @register_to_config
+    def __init__(
+        self, latent_channels: int = 16, width: int = 160, depth: int = 3, scaling_factor: float = 1.0
+    ) -> None:
+        super().__init__()
+        fine = width * 2 // 5
+        encoder_depth = max(1, depth * 2 // 3)
+        self.analysis = nn.Conv2d(3, latent_channels, PATCH, stride=PATCH)
+        self.synthesis = nn.Conv2d(latent_channels, 3 * PATCH**2, 3, padding=1, padding_mode="replicate")
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, fine, 3, padding=1),
+            *(ResidualBlock(fine) for _ in range(encoder_depth)),
+            nn.Conv2d(fine, width, 3, stride=2, padding=1),
+            *(ResidualBlock(width) for _ in range(encoder_depth)),
+            nn.SiLU(),
+            zero_conv(width, latent_channels),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, width, 3, padding=1),
+            *(ResidualBlock(width) for _ in range(depth)),
+            nn.Conv2d(width, 4 * fine, 3, padding=1),
+            nn.PixelShuffle(2),
+            *(ResidualBlock(fine) for _ in range(depth)),
+            nn.Conv2d(fine, 4 * 24, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(24),
+            nn.Conv2d(24, 4 * 8, 3, padding=1),
+            nn.PixelShuffle(2),
+            nn.SiLU(),
+            zero_conv(8, 3),
+        )
+
+    def encode(self, x: Tensor) -> AutoencoderOutput:
+        """Picture (b, 3, h, w) in -1..1, h and w multiples of 8, to latents (b, latent_channels, h/8, w/8)."""
+        return AutoencoderOutput(latents=self.analysis(x) + self.encoder(x))
+
+    def decode(self, z: Tensor) -> DecoderOutput:
+        """Latents (b, latent_channels, h/8, w/8) to a picture (b, 3, h, w), about -1..1."""
+        return DecoderOutput(sample=F.pixel_shuffle(self.synthesis(z), PATCH) + self.decoder(z))
+
+    def decode_preview(self, z: Tensor, reduction: int) -> Tensor:
+        """The linear part alone, at 1/reduction of the full size (reduction: 1, 2, 4 or 8).
+
+        Latents (b, latent_channels, h/8, w/8) to (b, 3, h/reduction, w/reduction).  Averaging a linear map's output
+        is averaging its weights, so a smaller preview costs less, not more.
+        """
+        side = PATCH // reduction
+        weight = self.synthesis.weight.unflatten(0, (3, side, reduction, side, reduction)).mean((2, 4)).flatten(0, 2)
+        bias = self.synthesis.bias
+        assert bias is not None
+        bias = bias.unflatten(0, (3, side, reduction, side, reduction)).mean((2, 4)).flatten()
+        return F.pixel_shuffle(F.conv2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), weight, bias), side)
+
+    @torch.no_grad()
+    def fit_analysis(self, patches: Tensor) -> Tensor:
+        """Sets the encoder's linear map to the whitened principal components of `patches` (n, 3, 8, 8) in -1..1.
+
+        Returns the standard deviation of each component, (latent_channels,), largest first.
+        """
+        flat = patches.flatten(1).double()
+        mean = flat.mean(0)
+        values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+        order = values.argsort(descending=True)[: self.config.latent_channels]
+        deviation = values[order].sqrt()
+        weight = (vectors[:, order] / deviation).T
+        self.analysis.weight.copy_(weight.view_as(self.analysis.weight))
+        assert self.analysis.bias is not None
+        self.analysis.bias.copy_(-weight @ mean)
+        spread: Tensor = deviation.float()
+        return spread
+
+    @torch.no_grad()
+    def fit_synthesis(self, latents: Tensor, pictures: Tensor, ridge: float = 1e-4) -> None:
+        """Sets the decoder's linear map to the least-squares one from 3x3 latents to the 8x8 pixels in their middle.
+
+        latents: (b, latent_channels, h/8, w/8); pictures: (b, 3, h, w) in -1..1.
+        """
+        inputs = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3)  # (b, 9 c, h/8 w/8)
+        x = inputs.transpose(1, 2).flatten(0, 1).double()
+        y = F.pixel_unshuffle(pictures, PATCH).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        gram = x.T @ x / len(x)
+        gram += ridge * torch.eye(len(gram), dtype=gram.dtype)
+        solution = torch.linalg.solve(gram, x.T @ y / len(x)).T
+        self.synthesis.weight.copy_(solution[:, :-1].reshape(self.synthesis.weight.shape))
+        assert self.synthesis.bias is not None
+        self.synthesis.bias.copy_(solution[:, -1])

@@ -1,0 +1,364 @@
+"""PercoPipeline: a picture to the indices of its hyper-latent, and indices to a picture."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers.utils import logging as transformers_logging
+
+from .errors import InvalidModel, ModelUnavailable
+from .model_folder import COMPONENT_CLASSES, is_null, load_component, read_json
+
+VAE_FACTOR = 8
+"""Pixels a side of one latent."""
+
+DEFAULTS = ("default_num_inference_steps", "default_guidance_scale")
+"""What model_index.json says besides the components."""
+
+
+class PercoPipeline(DiffusionPipeline):
+    """A PerCo codec: the autoencoder, the hyper-encoder, the U-Net and its scheduler, and a text encoder if it has one.
+
+        encode_image   picture ─> pad ─> vae.encode ─> latents ─> hyper_enc ─> indices
+        decode_indices indices ─> hyper_enc.local_features ─> local features ──┐
+                       caption ─> tokenizer ─> text_encoder ─> embeddings ───┐ │
+                       generator ─> noise ─> scheduler ┌────────────────────────────┐
+                                             latents ─>│ unet(latents, t, text, lf) │─> vae.decode ─> crop ─> picture
+                                                   ^   └─────────────┬──────────────┘
+                                                   └── scheduler <───┘  once a denoising step
+
+    vae: AutoencoderKL (its posterior's mean is used: one picture gives one file) or PatchAutoencoder.
+    hyper_enc: a HyperEncoder or a HyperLadder.       unet: a UNet2DConditionModel with local features.
+    scheduler: DDIMScheduler or PNDMScheduler, of any prediction_type; never changed by a call, so calls may overlap.
+    text_encoder, tokenizer: CLIP's, or both None: then captions are not looked at and there is no guidance.
+    default_num_inference_steps, default_guidance_scale: what a call takes that does not say.
+
+    Pictures have any size from 1x1: they are padded by repeating the last row and column to a multiple of 8 pixels
+    (of the square that one index stands for, where the local features are coarser than the latents, so that the two
+    grids stay aligned), and cropped after decoding.
+
+    Raises ValueError for a text encoder without a tokenizer or the reverse, and for defaults out of range.
+
+    Source: Careil et al., ICLR 2024 (arXiv 2310.10325), section 3; Körber et al., arXiv 2409.20255.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        vae: Any,
+        hyper_enc: Any,
+        unet: Any,
+        scheduler: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        default_num_inference_steps: int = 20,
+        default_guidance_scale: float = 3.0,
+    ) -> None:
+        super().__init__()
+        if (text_encoder is None) != (tokenizer is None):
+            raise ValueError("text_encoder and tokenizer go together: give both or neither")
+        check_steps(default_num_inference_steps, unet)
+        check_guidance_scale(default_guidance_scale)
+        self.register_modules(
+            vae=vae,
+            hyper_enc=hyper_enc,
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+        )
+        self.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> Self:
+        """Loads a model folder from this machine: our own, or one as the reference published it.
+
+        Weights come from safetensors alone, and classes from COMPONENT_CLASSES alone, whatever modules the folder's
+        model_index.json names.
+
+        Raises ModelUnavailable where there is no such folder, InvalidModel where a component is missing, of a class
+        that is not known, pickled, or has other weights than its configuration asks for.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ModelUnavailable(f"there is no model folder {folder}")
+        index = read_json(folder / "model_index.json")
+        named = {name: index.get(name) for name in COMPONENT_CLASSES}
+        missing = [name for name, entry in named.items() if is_null(entry) and name not in cls._optional_components]
+        if missing:
+            raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
+        with progress_bars_off():
+            components = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
+        defaults = {name: index[name] for name in DEFAULTS if name in index}
+        try:
+            return cls(**components, **defaults)
+        except (TypeError, ValueError) as error:
+            raise InvalidModel(f"{folder / 'model_index.json'}: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
+        """Writes a model folder that from_pretrained reads; weights as safetensors in the components' dtypes.
+
+        max_shard_size: bytes, or as in "5GB", that no weights file is to exceed; None: diffusers' default.
+        """
+        with progress_bars_off():
+            super().save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+
+    @property
+    def padding_multiple_px(self) -> int:
+        """What the sides of a picture are padded to a multiple of, in pixels."""
+        return VAE_FACTOR * int(getattr(self.hyper_enc, "downsampling_factor", 1))
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the latents of a picture of height x width pixels.
+
+        Raises ValueError unless both are at least 1.
+        """
+        if height < 1 or width < 1:
+            raise ValueError(f"a picture has at least 1x1 pixels, not {width}x{height}")
+        multiple = self.padding_multiple_px
+        rows, columns = (math.ceil(side / multiple) * multiple // VAE_FACTOR for side in (height, width))
+        return rows, columns
+
+    @torch.no_grad()
+    def encode_latents(self, image: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in -1..1 to scaled latents (b, c, *latent_size(h, w)); no randomness.
+
+        Raises ValueError for another shape.
+        """
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"pictures must have the shape (b, 3, h, w), not {tuple(image.shape)}")
+        height, width = image.shape[-2:]
+        rows, columns = self.latent_size(height, width)
+        padding = (0, columns * VAE_FACTOR - width, 0, rows * VAE_FACTOR - height)
+        image = F.pad(image.to(self.vae.device, self.vae.dtype), padding, mode="replicate")
+        encoded = self.vae.encode(image)
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+        latents: Tensor = mean * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, level: int | None = None) -> tuple[Tensor, ...]:
+        """Pictures (b, 3, h, w) in -1..1 to the indices of their hyper-latent.
+
+        level: index into hyper_enc.rate_points; None is the highest.
+
+        Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
+        """
+        latents = self.encode_latents(image)
+        indices = self.hyper_enc(latents.to(self.hyper_enc.device, self.hyper_enc.dtype), level).indices
+        return indices if isinstance(indices, tuple) else (indices,)
+
+    @torch.no_grad()
+    def local_features(self, indices: Sequence[Tensor], height: int, width: int) -> Tensor:
+        """The local features of pictures of height x width pixels: the inverse of encode_image, up to the codebook.
+
+        indices: grids (b, r_k, c_k) as encode_image returns them.
+
+        Raises ValueError where an index is not in its codebook or a grid has another shape than its rate point gives.
+        """
+        point = next((p for p in self.hyper_enc.rate_points if len(p.grids) == len(indices)), None)
+        if point is None:
+            raise ValueError(f"this model has no rate point of {len(indices)} grids")
+        for grid, shape, codes in zip(point.grids, point.shapes(width, height), indices, strict=True):
+            if tuple(codes.shape[1:]) != shape:
+                raise ValueError(f"a grid of codes has the shape {tuple(codes.shape[1:])} where {shape} is due")
+            if codes.min() < 0 or codes.max() >= grid.codebook_size:
+                raise ValueError(f"a code is outside of its codebook of {grid.codebook_size}")
+        grids = tuple(codes.to(self.hyper_enc.device) for codes in indices)
+        features: Tensor = self.hyper_enc.local_features(grids, self.latent_size(height, width))
+        return features
+
+    def decode_indices(self, indices: Sequence[Tensor], height: int, width: int, **options: Any) -> Any:
+        """Indices, as encode_image returns them, to pictures of height x width pixels.
+
+        options: those of a call (prompt, num_inference_steps, guidance_scale, generator, output_type, ...).
+        """
+        features = self.local_features(indices, height, width)
+        return self(local_features=features, height=height, width=width, **options).images
+
+    @torch.no_grad()
+    def decode_preview(self, indices: Sequence[Tensor], height: int, width: int, reduction: int) -> Tensor:
+        """Indices to small pictures by the shortest way: the estimate in the local features, without the U-Net.
+
+        reduction: 2, 4 or 8.  Returns (b, 3, ceil(height/reduction), ceil(width/reduction)) float32 in 0..1.
+        Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded and reduced.
+        """
+        if getattr(self.unet.config, "add_local_features", False) and hasattr(self.vae, "decode_preview"):
+            features = self.local_features(indices, height, width)
+            estimate = features[:, : self.unet.config.out_channels] / self.vae.config.scaling_factor
+            sample = self.vae.decode_preview(estimate, reduction).float()
+            small = sample[..., : -(-height // reduction), : -(-width // reduction)]
+            preview: Tensor = (small / 2 + 0.5).clamp(0, 1)
+            return preview
+        whole = self.decode_indices(indices, height, width, output_type="pt")
+        reduced: Tensor = F.avg_pool2d(whole, reduction, ceil_mode=True, count_include_pad=False)
+        return reduced
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Captions to text embeddings (b, tokens, cross_attention_dim); what is over the token limit is cut off."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        # Stable Diffusion attends to the padding too, unless the configuration says otherwise.
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.text_encoder.device) if masked else None
+        embeddings: Tensor = self.text_encoder(tokens.input_ids.to(self.text_encoder.device), attention_mask=mask)[0]
+        return embeddings.to(self.unet.device, self.unet.dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        local_features: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Decodes b pictures.
+
+        prompt: a caption, for all pictures, or one for each; not looked at where the model has no text encoder.
+        local_features: (b, channels, r, c).
+        height, width: of the pictures, in pixels; by default those that the latents, or the local features, cover.
+        latents: (b, c, *latent_size(height, width)), the pure noise to start from; by default drawn from `generator`.
+        num_inference_steps: denoising steps; 0 decodes the estimate in the local features without the U-Net.
+        guidance_scale: classifier-free guidance, in use above 1: the branch without text keeps the local features.
+        generator: of the CPU, one for all pictures or one for each; a picture's own generator gives it the noise that
+            it would get alone.
+        output_type: "pil", "np" (b, h, w, 3) in 0..1, "pt" (b, 3, h, w) in 0..1, or "latent" (b, c, ...), not cropped.
+
+        Returns `.images`.  Raises ValueError for arguments that do not fit each other or the model.
+        """
+        if local_features is None:
+            raise ValueError("local_features are needed: a PerCo model decodes pictures, it does not invent them")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}")
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        check_steps(steps, self.unet)
+        check_guidance_scale(scale)
+        batch_size = len(local_features)
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != batch_size:
+            raise ValueError(f"{len(prompts)} prompts for {batch_size} pictures")
+        if latents is not None:
+            covered = [side * VAE_FACTOR for side in latents.shape[-2:]]
+        else:
+            covered = [side * self.padding_multiple_px for side in local_features.shape[-2:]]
+        height = covered[0] if height is None else height
+        width = covered[1] if width is None else width
+        shape = (batch_size, self.unet.config.in_channels, *self.latent_size(height, width))
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
+
+        local_features = local_features.to(self.unet.device, self.unet.dtype)
+        if steps == 0:
+            estimate = local_features[:, : self.unet.config.out_channels]
+            latents = F.interpolate(estimate, size=shape[-2:], mode="nearest")
+        else:
+            noise = draw_noise(shape, generator) if latents is None else latents
+            latents = self.denoise(noise, local_features, prompts, steps, scale)
+        if output_type == "latent":
+            return ImagePipelineOutput(images=latents)
+        return ImagePipelineOutput(images=to_output(self.decode_latents(latents, height, width), output_type))
+
+    def denoise(
+        self, noise: Tensor, local_features: Tensor, prompts: Sequence[str], steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Noise (b, c, rows, columns) to clean latents of the same shape, float32, in `steps` >= 1 steps.
+
+        Guidance puts both branches, without and with text, through the U-Net in one batch.
+        """
+        guided = self.text_encoder is not None and guidance_scale > 1
+        text = None
+        if self.text_encoder is not None:
+            text = self.encode_prompt([*([""] * len(prompts) if guided else []), *prompts])
+        if guided:
+            local_features = torch.cat([local_features, local_features])
+        scheduler = copy.deepcopy(self.scheduler)  # it keeps the state of one walk
+        scheduler.set_timesteps(steps, device=self.unet.device)
+        # The latents stay in float32 between the steps, so that a half-precision U-Net does not round them each time.
+        latents: Tensor = noise.to(self.unet.device, torch.float32) * scheduler.init_noise_sigma
+        for timestep in self.progress_bar(scheduler.timesteps):
+            sample = torch.cat([latents, latents]) if guided else latents
+            sample = scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
+            prediction = self.unet(sample, timestep, text, local_features=local_features).sample.float()
+            if guided:
+                without_text, with_text = prediction.chunk(2)
+                prediction = without_text + guidance_scale * (with_text - without_text)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+        return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Scaled latents (b, c, *latent_size(height, width)) to pictures (b, 3, height, width) float32 in 0..1."""
+        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        sample = self.vae.decode(latents).sample[..., :height, :width]
+        pictures: Tensor = (sample.float() / 2 + 0.5).clamp(0, 1)
+        return pictures
+
+
+def check_steps(steps: int, unet: Any) -> None:
+    """Raises ValueError unless the model can decode in so many denoising steps."""
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"the number of denoising steps must be 0 or more, not {steps!r}")
+    if steps == 0 and not getattr(unet.config, "add_local_features", False):
+        raise ValueError("this model's local features hold no estimate of the picture: take at least 1 denoising step")
+
+
+def check_guidance_scale(guidance_scale: float) -> None:
+    """Raises ValueError unless the guidance scale is a finite number of at least 0."""
+    if not isinstance(guidance_scale, int | float) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"the guidance scale must be a finite number of 0 or more, not {guidance_scale!r}")
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """Standard normal noise of this shape, float32, drawn on the CPU so that every device gets the same.
+
+    generator: one for the whole batch, or one for each of its entries.  Raises ValueError for another number of them.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures")
+    return torch.cat([torch.randn((1, *shape[1:]), generator=one) for one in generator])
+
+
+def to_output(pictures: Tensor, output_type: str) -> Any:
+    """Pictures (b, 3, h, w) in 0..1 as "pt", "np" or "pil"."""
+    if output_type == "pt":
+        return pictures
+    array = pictures.permute(0, 2, 3, 1).cpu().numpy()
+    return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
+
+
+@contextmanager
+def progress_bars_off() -> Iterator[None]:
+    """Keeps diffusers and transformers from drawing progress bars while weights are read or written."""
+    drawing = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in drawing:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in drawing:
+            library.enable_progress_bar()

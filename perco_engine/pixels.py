@@ -1,0 +1,97 @@
+"""Pictures of every Pillow mode to what the networks take, and back: RGB tensors and opacity masks."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms
+from torch import Tensor
+
+from .codes import AlphaMask
+
+ALPHA_BITS = 4
+ALPHA_LONGEST_SIDE = 128
+ALPHA_LOG2_SCALES = range(3, 7)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether any pixel may be transparent, judged by mode and info."""
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB, without its opacity.
+
+    I;16 is scaled to 8 bits; I and F are clipped to 0..255, as Pillow does; LAB goes through its colour profile.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((samples + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return image.convert("L").convert("RGB")
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None
+        return converted
+    if image.mode in ("RGBa", "La"):
+        return image.convert(image.mode[:-1] + "A").convert("RGB")
+    return image.convert("RGB")
+
+
+def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask | None:
+    """The picture's opacity, reduced; None if every pixel is opaque.
+
+    log2_scale: pixels per sample and side as a power of two; None: the finest of 8..64 pixels that leaves at most 128
+        samples on the longer side.
+    """
+    if not has_alpha(image):
+        return None
+    opacity = image.convert("RGBA").getchannel("A")
+    if opacity.getextrema() == (255, 255):
+        return None
+    if log2_scale is None:
+        log2_scale = next(
+            (k for k in ALPHA_LOG2_SCALES if max(image.size) <= ALPHA_LONGEST_SIDE << k), ALPHA_LOG2_SCALES[-1]
+        )
+    reduced = np.asarray(opacity.reduce(1 << log2_scale)).astype(np.uint16)
+    top = (1 << ALPHA_BITS) - 1
+    return AlphaMask(((reduced * top + 127) // 255).astype(np.uint8), ALPHA_BITS, log2_scale)
+
+
+def opacity(mask: AlphaMask, width_px: int, height_px: int) -> Image.Image:
+    """The opacity of a picture of this size, mode L, interpolated from its mask."""
+    top = (1 << mask.bits_per_sample) - 1
+    samples = Image.fromarray((mask.samples.astype(np.uint16) * 255 // top).astype(np.uint8))
+    scale = 1 << mask.log2_scale
+    box = (0, 0, width_px / scale, height_px / scale)
+    return samples.resize((width_px, height_px), Image.Resampling.BILINEAR, box)
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """RGB pictures of one size as (b, 3, h, w) float32 in -1..1."""
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images])
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(b, 3, h, w) in 0..1 as RGB pictures."""
+    levels = (pixels * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """The picture in sRGB, by its embedded colour profile; unchanged where it has none, or one that is no good."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    assert converted is not None
+    converted.info.pop("icc_profile", None)
+    return converted

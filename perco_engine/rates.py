@@ -1,0 +1,89 @@
+"""Rate points: a nominal rate in bits a pixel, and the code grids and codebooks that give it.
+
+PerCo (Careil et al., ICLR 2024, section 4 and appendix) names a rate point by the nominal rate of its hyper-latent:
+log2(codebook size) / pixels per index.  A rate point of PerCo (SD) is one grid; one of a ladder is several, coarse to
+fine, each refining the ones before it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DEFAULT_BPP = 0.03
+"""The rate that a save without `bpp` and `max_bytes` asks for, in bits a pixel."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One grid of codes: one index for every square of `pixels_per_index` x `pixels_per_index` pixels."""
+
+    pixels_per_index: int
+    codebook_size: int
+
+    def shape(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """Rows and columns of the grid for a picture of this size; partial squares count as whole ones."""
+        return -(-height_px // self.pixels_per_index), -(-width_px // self.pixels_per_index)
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """log2(codebook_size) / pixels_per_index**2."""
+        return math.log2(self.codebook_size) / self.pixels_per_index**2
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """A point on a model's rate axis: its grids, coarse to fine, and the name that users give it (`bpp`)."""
+
+    bpp: float
+    grids: tuple[Grid, ...]
+
+    def shapes(self, width_px: int, height_px: int) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of every grid for a picture of this size, coarse to fine."""
+        return tuple(grid.shape(width_px, height_px) for grid in self.grids)
+
+    def count(self, width_px: int, height_px: int) -> int:
+        """How many indices a picture of this size has in all."""
+        return sum(rows * columns for rows, columns in self.shapes(width_px, height_px))
+
+    def information_bits(self, width_px: int, height_px: int) -> float:
+        """Bits that uniformly distributed indices carry for a picture of this size."""
+        return sum(
+            rows * columns * math.log2(grid.codebook_size)
+            for grid, (rows, columns) in zip(self.grids, self.shapes(width_px, height_px), strict=True)
+        )
+
+
+def ladder(*grids: Grid) -> tuple[RatePoint, ...]:
+    """The rate points of a ladder: point k holds the first k + 1 grids, and is named by the sum of their rates."""
+    return tuple(
+        RatePoint(round(sum(grid.bits_per_pixel for grid in grids[: k + 1]), 4), grids[: k + 1])
+        for k in range(len(grids))
+    )
+
+
+def nearest(points: Sequence[RatePoint], bpp: float) -> int:
+    """The index of the rate point whose nominal rate is nearest to `bpp`.
+
+    Raises ValueError unless `bpp` is a positive finite number.
+    """
+    if not (isinstance(bpp, int | float) and math.isfinite(bpp) and bpp > 0):
+        raise ValueError(f"bpp must be a positive number of bits a pixel, not {bpp!r}")
+    return min(range(len(points)), key=lambda k: abs(points[k].bpp - bpp))
+
+
+PERCO_SD = tuple(
+    RatePoint(bpp, (Grid(512 // side, codebook_size),))
+    for bpp, side, codebook_size in (
+        (0.0019, 8, 256),
+        (0.0024, 8, 1024),
+        (0.0098, 16, 1024),
+        (0.0313, 32, 256),
+        (0.0507, 32, 8196),
+        (0.0937, 64, 64),
+        (0.1250, 64, 256),
+    )
+)
+"""The seven rate points of PerCo (SD), lowest first.  8196 (not 8192) is what the reference has."""
+
+EMBEDDED = ladder(Grid(64, 256), Grid(32, 256), Grid(16, 256), Grid(16, 256), Grid(8, 64))
+"""The five rate points of the embedded model."""

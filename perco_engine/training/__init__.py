@@ -1,0 +1,1 @@
+"""Training: from photos to a model folder."""

@@ -1,0 +1,390 @@
+"""Trains the embedded model from nothing, in three stages, each restartable from its last checkpoint.
+
+    python -m perco_engine.training.embedded autoencoder --photos FOLDER --run FOLDER --minutes 15
+    python -m perco_engine.training.embedded ladder      --photos FOLDER --run FOLDER --minutes 12
+    python -m perco_engine.training.embedded joint       --photos FOLDER --run FOLDER --minutes 80
+    python -m perco_engine.training.embedded export      --run FOLDER --out FOLDER
+
+autoencoder: principal components, least squares, then L1 + feature distance.
+ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
+joint: ladder, decoder and U-Net together, through the decoded picture: L1 + feature distance of the U-Net's one-step
+    estimate from pure noise, and of the ladder's own; beside it, the plain diffusion loss at every noise level, so that
+    more steps stay valid.
+"""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..models.autoencoder import PatchAutoencoder
+from ..models.ladder import HyperLadder
+from . import photos
+from .perceptual import FeatureDistance
+
+LATENT_CHANNELS = 16
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def channels_last(module: M) -> M:
+    """The module with its convolutions in the memory layout that is fast for them."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def autocast() -> torch.autocast:
+    """bf16 where the device has it; the master weights stay in float32."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+
+
+class Run:
+    """A stage's clock, optimizer, averaged weights and checkpoint.
+
+    The learning rate warms up over 50 steps, holds, and falls along a cosine over the last part of the minutes.
+    """
+
+    def __init__(self, folder: Path, stage: str, minutes: float, modules: dict[str, nn.Module], lr: float) -> None:
+        self.path = folder / f"{stage}.pt"
+        self.log = (folder / f"{stage}.log").open("a")
+        self.modules = nn.ModuleDict(modules)
+        self.averaged = copy.deepcopy(self.modules).requires_grad_(False)
+        # What feeds a quantizer learns slowly: its gradient passes straight through, and at full rate codes run away.
+        slow = [p for n, p in self.modules.named_parameters() if p.requires_grad and ".encoder." in n and "levels" in n]
+        fast = [p for p in self.modules.parameters() if p.requires_grad and all(p is not q for q in slow)]
+        groups = [{"params": fast, "factor": 1.0}, *([{"params": slow, "factor": 0.2}] if slow else [])]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.lr, self.seconds, self.spent, self.step = lr, minutes * 60, 0.0, 0
+        self.figures: dict[str, list[float]] = {}
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.modules.load_state_dict(state["modules"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.spent, self.step = state["spent"], state["step"]
+
+    def save(self) -> None:
+        """Writes the checkpoint, beside and renamed."""
+        beside = self.path.with_suffix(".tmp")
+        torch.save(
+            {
+                "modules": self.modules.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "spent": self.spent,
+                "step": self.step,
+            },
+            beside,
+        )
+        beside.replace(self.path)
+
+    def steps(self) -> Iterator[int]:
+        """Yields step numbers until the minutes are spent; checkpoints every 4 minutes and at the end."""
+        saved = self.spent
+        while self.spent < self.seconds:
+            start = time.monotonic()
+            left = 1 - self.spent / self.seconds
+            rate = self.lr * min(1.0, (self.step + 1) / 50) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / 0.7)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            yield self.step
+            self.step += 1
+            self.spent += time.monotonic() - start
+            if self.step % 20 == 0:
+                means = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in self.figures.items())
+                print(f"step {self.step} minute {self.spent / 60:.1f} {means}", file=self.log, flush=True)
+                self.figures.clear()
+            if self.spent - saved > 240:
+                self.save()
+                saved = self.spent
+        self.save()
+
+    def update(self, loss: Tensor, **figures: float | Tensor) -> None:
+        """One optimizer step; then the averaged weights follow.  `figures` go to the log as means of 50 steps."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(0.998, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            live, averaged = self.modules.state_dict(), self.averaged.state_dict()
+            floats = [name for name, value in averaged.items() if value.is_floating_point()]
+            torch._foreach_lerp_([averaged[n] for n in floats], [live[n] for n in floats], 1 - decay)
+            for name, value in averaged.items():
+                if "_codebook" in name or not value.is_floating_point():
+                    value.copy_(live[name])
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(float(value.detach() if isinstance(value, Tensor) else value))
+
+
+def picture_loss(distance: FeatureDistance, output: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """(L1 + weight x feature distance, feature distance)."""
+    features = distance(output, target)
+    return F.l1_loss(output.float(), target) + weight * features, features
+
+
+def finished(run: Path, stage: str, name: str, module: M) -> M:
+    """Loads the averaged weights of a finished stage into `module`, frozen."""
+    state = torch.load(run / f"{stage}.pt", weights_only=True)["averaged"]
+    module.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
+    return module.requires_grad_(False).eval()
+
+
+def train_autoencoder(run: Path, pictures: list[Any], minutes: float, side: int, size: int) -> None:
+    vae = PatchAutoencoder(LATENT_CHANNELS)
+    if not (run / "autoencoder.pt").exists():
+        sample = next(photos.batches(pictures, 256, 600, 0))
+        vae.fit_analysis(F.unfold(sample, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8))
+        with torch.no_grad():
+            vae.fit_synthesis(vae.analysis(sample[:300]), sample[:300])
+    vae.analysis.requires_grad_(False)
+    vae.synthesis.requires_grad_(False)
+    distance = channels_last(FeatureDistance())
+    stage = Run(run, "autoencoder", minutes, {"vae": channels_last(vae)}, 6e-4)
+    data = photos.batches(pictures, side, size, random.randrange(2**31))
+    for _ in stage.steps():
+        x = next(data).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            z = vae.encode(x).latents
+            y = vae.decode(z).sample
+            loss, features = picture_loss(distance, y, x, 0.12)
+        spread = (z.float().pow(2).mean((0, 2, 3)) - 1).pow(2).mean()
+        mse = (y.float() - x).pow(2).mean()
+        stage.update(loss + 4 * mse + 0.01 * spread, features=features, psnr=-10 * torch.log10(mse / 4), spread=spread)
+    # The encoder is final from here on: solve the linear decoder once more, for the latents that it really makes.
+    vae = finished(run, "autoencoder", "vae", vae)
+    sample = next(photos.batches(pictures, 256, 300, 1))
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latents for part in sample.split(50)])
+        vae.fit_synthesis(latents, sample)
+        torch.save({"vae": vae.state_dict(), "deviation": pixel_deviation(vae)}, run / "autoencoder-final.pt")
+
+
+def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
+    """How much a unit of each latent channel moves the pixels: root mean square of its response, (c, 1, 1)."""
+    response = vae.synthesis.weight.detach().float().pow(2).sum((2, 3)).mean(0).sqrt()
+    return (response / response.mean()).view(-1, 1, 1)
+
+
+def load_autoencoder(run: Path) -> tuple[PatchAutoencoder, Tensor]:
+    """The autoencoder of the finished first stage, and its `pixel_deviation`."""
+    state = torch.load(run / "autoencoder-final.pt", weights_only=True)
+    vae = PatchAutoencoder(LATENT_CHANNELS)
+    vae.load_state_dict(state["vae"])
+    return vae.requires_grad_(False), state["deviation"]
+
+
+@torch.no_grad()
+def cache_latents(vae: PatchAutoencoder, pictures: list[Any], scales: tuple[float, ...]) -> list[Tensor]:
+    """The latents of whole photos at several scales, (c, h/8, w/8) fp16 each."""
+    cached = []
+    for picture in pictures:
+        for scale in scales:
+            width, height = (round(side * scale) // 8 * 8 for side in picture.size)
+            if min(width, height) < 256:
+                continue
+            x = photos.to_tensor(picture.resize((width, height)))[None]
+            with autocast():
+                cached.append(vae.encode(x.contiguous(memory_format=torch.channels_last)).latents[0].half())
+    return cached
+
+
+def latent_batch(cached: list[Tensor], side: int, size: int, rng: random.Random) -> Tensor:
+    """Random squares (size, c, side, side) of cached latents."""
+    crops = []
+    for z in rng.choices(cached, k=size):
+        top, left = rng.randint(0, z.shape[1] - side), rng.randint(0, z.shape[2] - side)
+        crops.append(z[:, top : top + side, left : left + side].float())
+    return torch.stack(crops)
+
+
+def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
+    """Sets how codebooks follow batches of so many latents: a code with 1/20 of the mean use starts again elsewhere."""
+    for rung in ladder.levels:
+        codebook = rung.quantizer._codebook
+        mean = cells / 4**rung.halvings / codebook.codebook_size
+        codebook.threshold_ema_dead_code, codebook.reset_cluster_size, codebook.decay = mean / 20, mean / 2, 0.995
+
+
+def train_ladder(run: Path, pictures: list[Any], minutes: float) -> None:
+    vae, deviation = load_autoencoder(run)
+    ladder = HyperLadder(LATENT_CHANNELS)
+    for rung in ladder.levels:
+        rung.metric.copy_(deviation**0.75)
+    mind_codebooks(ladder, 24 * 32 * 32)
+    rng = random.Random(random.randrange(2**31))
+    if not (run / "latents.pt").exists():
+        cached = cache_latents(channels_last(vae).eval(), pictures, (1.0, 0.6))
+        torch.save(cached, run / "latents.pt")
+    cached = torch.load(run / "latents.pt", weights_only=True)
+    if not (run / "ladder.pt").exists():
+        with torch.no_grad(), autocast():
+            ladder.train().climb(latent_batch(cached, 32, 384, rng), len(ladder.levels) - 1)
+    stage = Run(run, "ladder", minutes, {"ladder": channels_last(ladder)}, 6e-4)
+    ladder.train()
+    for _ in stage.steps():
+        z = latent_batch(cached, 32, 24, rng).contiguous(memory_format=torch.channels_last)
+        with autocast():
+            estimates, _, commitment = ladder.climb(z, len(ladder.levels) - 1)
+        errors = [((y.float() - z) * deviation).pow(2).mean() for y in estimates]
+        plain = [(y.float() - z).pow(2).mean() for y in estimates]
+        total = torch.stack(errors).sum() + 0.1 * torch.stack(plain).sum()
+        named = {f"e{k + 1}": e for k, e in enumerate(errors)}
+        stage.update(total + 0.5 * commitment, commitment=commitment, **named)
+
+
+def new_unet() -> nn.Module:
+    """The embedded model's U-Net, freshly initialised to add nothing to the ladder's estimate."""
+    from ..models.unet import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(96, 160, 224),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        local_features_channels=LATENT_CHANNELS + 1,
+        add_local_features=True,
+    )
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    return unet
+
+
+def new_scheduler() -> Any:
+    """DDIM with zero terminal SNR, trailing steps (Lin et al., 2024), and a network that predicts the latents."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="sample",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size: int) -> None:
+    vae, deviation = load_autoencoder(run)
+    ladder = finished(run, "ladder", "ladder", HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
+    unet = new_unet()
+    vae.decoder.requires_grad_(True)
+    mind_codebooks(ladder, size * (side // 8) ** 2)
+    scheduler = new_scheduler()
+    last = scheduler.config.num_train_timesteps - 1
+    distance = channels_last(FeatureDistance())
+    modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
+    stage = Run(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 4e-4)
+    vae.eval()
+    ladder.train()
+    unet.train()
+    data = photos.batches(pictures, side, size, random.randrange(2**31))
+    weight = deviation.pow(2) + 0.1
+    for step in stage.steps():
+        x = next(data).contiguous(memory_format=torch.channels_last)
+        level = random.randrange(len(ladder.levels))
+        with autocast():
+            with torch.no_grad():
+                z = vae.encode(x).latents.float()
+            estimates, _, commitment = ladder.climb(z, level)
+            local = ladder.with_level(estimates[-1].float(), level)
+            noise = torch.randn_like(z)
+            terminal = torch.full((len(z),), last)
+            guess = unet(noise, terminal, None, local_features=local).sample.float()
+            loss, features = picture_loss(distance, vae.decode(guess).sample, x, 0.12)
+            t = torch.randint(0, last + 1, (len(z),))
+            noisy = scheduler.add_noise(z, noise, t)
+            denoised = unet(noisy, t, None, local_features=local.detach()).sample.float()
+        latent = torch.stack([(weight * (y.float() - z).pow(2)).mean() for y in estimates]).mean()
+        diffusion = (weight * (denoised - z).pow(2)).mean()
+        loss = loss + 0.05 * latent + 0.1 * commitment / len(estimates) + 0.1 * diffusion
+        figures: dict[str, Tensor] = {f"f{level + 1}": features, "latent": latent, "diffusion": diffusion}
+        if step % 2 == 0:
+            with autocast():
+                preview, preview_features = picture_loss(distance, vae.decode(estimates[-1]).sample, x, 0.12)
+            loss = loss + preview
+            figures[f"p{level + 1}"] = preview_features
+        stage.update(loss, commitment=commitment, **figures)
+
+
+def export(run: Path, folder: Path) -> None:
+    """Writes the averaged weights of the last stage that has a checkpoint as a model folder, in fp16 shards."""
+    from ..pipeline import PercoPipeline
+
+    vae, _ = load_autoencoder(run)
+    ladder, unet = HyperLadder(LATENT_CHANNELS), new_unet()
+    if (run / "joint.pt").exists():
+        for name, module in (("vae", vae), ("ladder", ladder), ("unet", unet)):
+            finished(run, "joint", name, module)
+    else:
+        finished(run, "ladder", "ladder", ladder)
+    pipeline = PercoPipeline(
+        vae=vae, hyper_enc=ladder, unet=unet, scheduler=new_scheduler(),
+        default_num_inference_steps=1, default_guidance_scale=1.0,
+    )  # fmt: skip
+    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size="14MB")
+
+
+@click.group()
+def main() -> None:
+    """Trains the embedded model, a stage at a time."""
+
+
+def _stage(name: str, minutes: float) -> Any:
+    """A subcommand for one stage, with the options that all of them have."""
+
+    def decorate(function: Any) -> Any:
+        for option in (
+            click.option("--photos", "folder", type=click.Path(path_type=Path, exists=True), required=True),
+            click.option("--run", type=click.Path(path_type=Path), required=True, help="Checkpoints and logs."),
+            click.option("--minutes", type=float, default=minutes, show_default=True),
+            click.option("--limit", type=int, default=None, help="Only so many photos (for a quick try)."),
+        ):
+            function = option(function)
+        return main.command(name)(function)
+
+    return decorate
+
+
+def _open(folder: Path, run: Path, limit: int | None) -> list[Any]:
+    run.mkdir(parents=True, exist_ok=True)
+    return photos.load(photos.manifest(folder, "train")[:limit])
+
+
+@_stage("autoencoder", 15)
+def _autoencoder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
+    train_autoencoder(run, _open(folder, run, limit), minutes, side=160, size=12)
+
+
+@_stage("ladder", 12)
+def _ladder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
+    train_ladder(run, _open(folder, run, limit), minutes)
+
+
+@_stage("joint", 80)
+def _joint(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
+    train_joint(run, _open(folder, run, limit), minutes, side=192, size=8)
+
+
+@main.command("export")
+@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--out", "folder", type=click.Path(path_type=Path), required=True)
+def _export(run: Path, folder: Path) -> None:
+    export(run, folder)
+
+
+if __name__ == "__main__":
+    main()

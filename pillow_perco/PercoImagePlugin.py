@@ -1,0 +1,188 @@
+"""The Pillow plugin: .perco files open and save like any other picture.
+
+Opening reads the header; the networks run when pixels are asked for.  Errors are translated here, once: a file of
+another format is a SyntaxError (Pillow then tries its next plugin), everything else that is wrong with a file is an
+OSError that says what to do, and a wrong value of a save parameter is a ValueError.
+"""
+
+import functools
+import io
+from dataclasses import dataclass
+from typing import IO, Any
+
+from PIL import Image, ImageFile
+
+from perco_engine.bitstream import Header, read_header
+from perco_engine.bitstream.header import MAGIC
+from perco_engine.errors import NotAPercoFile, PercoError
+
+MAX_FILE_BYTES = 256 << 20
+REDUCTIONS = (8, 4, 2)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    device: str | None = None
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(MAGIC)
+
+
+class PercoImageFile(ImageFile.ImageFile):
+    """A .perco file: size, mode and info from its header, pixels when they are asked for.
+
+    `info["perco"]` tells what the file says: model, rate point and its nominal bpp, the real bits per pixel of the
+    file, caption, seed, and how many bytes each part takes.
+    """
+
+    format = "PERCO"
+    format_description = "PerCo perceptually compressed image"
+
+    def __init__(self, *args: Any, options: DecodeOptions | None = None) -> None:
+        self._options = options or DecodeOptions()
+        super().__init__(*args)
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        self._file = self.fp.read(MAX_FILE_BYTES + 1)
+        if len(self._file) > MAX_FILE_BYTES:
+            raise OSError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
+        try:
+            header = read_header(self._file, allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES)
+        except NotAPercoFile as error:
+            raise SyntaxError(str(error)) from error
+        except PercoError as error:
+            raise OSError(str(error)) from error
+        self._size = header.width_px, header.height_px
+        self._full_size = self._size
+        self._model = header.model
+        self._mode = "RGBA" if header.has_alpha else "RGB"
+        self.info["perco"] = describe(header, len(self._file))
+        for name in ("exif", "icc_profile", "xmp"):
+            if block := getattr(header.metadata, name):
+                self.info[name] = block
+        self._set_tile()
+
+    def _set_tile(self) -> None:
+        self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, self.mode)]
+
+    def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
+        """Prepares a decode at 1/2, 1/4 or 1/8 of the size, if that leaves at least `size`: much faster."""
+        if not self.tile or size is None or self.size != self._full_size:
+            return None
+        width, height = self.size
+        scale = next((r for r in REDUCTIONS if width >= r * size[0] and height >= r * size[1]), 1)
+        self._size = -(-width // scale), -(-height // scale)
+        self._set_tile()
+        return self.mode, (0, 0, width / scale, height / scale)
+
+    def load_seek(self, pos: int) -> None:
+        """Keeps Pillow from mapping the file into memory as if its bytes were pixels."""
+
+    def load(self) -> Any:
+        """Decodes the pixels on first use.  Raises OSError, with what to do, if the file or its model prevents that."""
+        if self.tile:
+            from perco_engine.engine import get_engine_for
+
+            options, size = self._options, self.size
+            try:
+                engine = get_engine_for(self._model, options.device)
+                picture = engine.decode(
+                    self._file,
+                    steps=options.steps,
+                    guidance_scale=options.guidance_scale,
+                    seed=options.seed,
+                    max_size_px=max(size) if size != self._full_size else None,
+                    allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES,
+                )
+            except PercoError as error:
+                raise OSError(str(error)) from error
+            if picture.size != size:
+                picture = picture.resize(size)
+            if self.fp and self._exclusive_fp:
+                self.fp.close()
+            self.fp = io.BytesIO(picture.tobytes())
+        return super().load()
+
+
+def describe(header: Header, size_bytes: int) -> dict[str, Any]:
+    """What a header says, in plain values: the contents of `info["perco"]`."""
+    from perco_engine import weights
+
+    spec = weights.registered(header.model.registry_id)
+    points = spec.rate_points if spec else ()
+    unregistered = header.model.fingerprint.hex() or f"unknown model number {header.model.registry_id}"
+    return {
+        "model": spec.name if spec else unregistered,
+        "width": header.width_px,
+        "height": header.height_px,
+        "rate_point": header.rate_point,
+        "bpp": points[header.rate_point].bpp if header.rate_point < len(points) else None,
+        "bits_per_pixel": 8 * size_bytes / (header.width_px * header.height_px),
+        "caption": header.caption,
+        "seed": header.seed,
+        "bytes": {**header.sizes_bytes, "total": size_bytes},
+    }
+
+
+def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
+    """The picture as a .perco file, by the save parameters in `options`; those that are not ours are left alone.
+
+    Raises ValueError for a wrong value, OSError if the model is not available.
+    """
+    from perco_engine import get_engine
+    from perco_engine.codes import Metadata
+
+    exif = options.get("exif") or b""
+    if isinstance(exif, Image.Exif):
+        exif = exif.tobytes()
+    xmp = options.get("xmp") or b""
+    blocks = {
+        "exif": exif.removeprefix(b"Exif\x00\x00") if isinstance(exif, bytes) else exif,
+        "icc_profile": options.get("icc_profile") or b"",
+        "xmp": xmp.encode() if isinstance(xmp, str) else xmp,
+    }
+    for name, block in blocks.items():
+        if not isinstance(block, bytes):
+            raise ValueError(f"{name} must be bytes, not {type(block).__name__}")
+    for name, kinds in (("caption", str), ("seed", int), ("alpha", bool)):
+        value = options.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{name} must be of type {kinds.__name__}, not {value!r}")
+    try:
+        engine = get_engine(options.get("model") or "embedded", options.get("device"))
+        return engine.encode(
+            image,
+            bpp=options.get("bpp"),
+            max_bytes=options.get("max_bytes"),
+            caption=options.get("caption"),
+            seed=options.get("seed"),
+            alpha=options.get("alpha") is not False,
+            metadata=Metadata(**blocks),
+        )
+    except ValueError:
+        raise
+    except PercoError as error:
+        raise OSError(str(error)) from error
+
+
+def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
+    fp.write(encode(image, image.encoderinfo))
+
+
+def register(options: DecodeOptions | None = None) -> None:
+    """Registers the format with Pillow; again with other options: from then on those hold."""
+    factory = functools.partial(PercoImageFile, options=options) if options else PercoImageFile
+    Image.register_open(PercoImageFile.format, factory, _accept)
+    Image.register_save(PercoImageFile.format, _save)
+    Image.register_extension(PercoImageFile.format, ".perco")
+    Image.register_mime(PercoImageFile.format, "image/x-perco")
+
+
+register()

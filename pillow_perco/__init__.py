@@ -1,0 +1,60 @@
+"""PerCo for Pillow: pictures in a hundred bytes.
+
+    import pillow_perco
+    from PIL import Image
+
+    Image.open("photo.jpg").save("photo.perco", bpp=0.0019)
+    Image.open("photo.perco").show()
+
+Importing this package registers the format.  Neither importing it nor opening a file imports torch.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from perco_engine import __version__
+
+from .PercoImagePlugin import DecodeOptions, encode, register
+
+__all__ = ["DecodeOptions", "__version__", "register_perco_opener", "save"]
+
+
+def register_perco_opener(**options: Any) -> None:
+    """Registers the format with Pillow, with other settings for decoding (see DecodeOptions): steps, guidance_scale,
+    seed, device.  Without options: the defaults again, as the import of this package does by itself.
+
+    Raises TypeError for an unknown option.
+    """
+    register(DecodeOptions(**options) if options else None)
+
+
+def save(image: Image.Image, path: str | os.PathLike[str], **options: Any) -> None:
+    """Saves like `image.save(path, "PERCO", **options)`, but never harms the file that was there.
+
+    The picture is encoded first, written beside `path`, and renamed onto it.  Raises what `image.save` would raise.
+    """
+    write_beside(path, encode(image, options))
+
+
+def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all: beside its place first, then renamed."""
+    import tempfile
+
+    target = Path(path).absolute()
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    beside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        beside.chmod(0o666 & ~umask)
+        beside.replace(target)
+    except BaseException:
+        beside.unlink()
+        raise

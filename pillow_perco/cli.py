@@ -1,0 +1,169 @@
+"""The command line: each command parses, calls one function, and prints."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from PIL import Image, ImageOps
+
+import pillow_perco
+from perco_engine.errors import PercoError
+
+DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
+
+
+class Group(click.Group):
+    """Turns what can go wrong with files and models into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PercoError, OSError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(pillow_perco.__version__, prog_name="perco")
+def main() -> None:
+    """Pictures in a hundred bytes: encode photos to .perco files and decode them again."""
+
+
+INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+
+
+def read_photo(path: Path) -> Image.Image:
+    """A photo as a person sees it: upright, in sRGB."""
+    from perco_engine.pixels import to_srgb
+
+    with Image.open(path) as photo:
+        return to_srgb(ImageOps.exif_transpose(photo))
+
+
+@main.command()
+@click.argument("source", type=INPUT)
+@click.argument("target", type=OUTPUT)
+@click.option(
+    "--bpp", type=float, help="Nominal bits a pixel; the model's nearest rate point is taken.  [default: 0.03]"
+)
+@click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
+@click.option("--caption", help="Text stored with the picture.")
+@click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
+@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@click.option("--no-alpha", is_flag=True, help="Drop opacity.")
+@click.option(
+    "--keep-metadata", is_flag=True, help="Store the photo's EXIF and XMP (they are larger than the picture)."
+)
+def encode(source: Path, target: Path, no_alpha: bool, keep_metadata: bool, **options: Any) -> None:
+    """Encode the picture SOURCE to the .perco file TARGET.
+
+    The picture is turned upright and converted to sRGB.  TARGET is replaced only when everything went well.
+    """
+    photo = read_photo(source)
+    if keep_metadata:
+        options |= {"exif": photo.getexif(), "xmp": photo.info.get("xmp")}
+    pillow_perco.save(photo, target, alpha=not no_alpha, **options)
+    size = target.stat().st_size
+    click.echo(f"{target}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
+
+
+@main.command()
+@click.argument("source", type=INPUT)
+@click.argument("target", type=OUTPUT)
+@click.option("--steps", type=click.IntRange(0), help="Denoising steps (0: the hyper-latent's own estimate).")
+@click.option("--guidance", type=float, help="Guidance scale, for models that read captions.")
+@click.option("--seed", type=click.IntRange(0), help="Another seed than the file's.")
+@click.option("--max-size", type=click.IntRange(1), help="Longer side of the result, in pixels, at most.")
+@click.option("--model", help="The folder of the file's model, if it is not a registered one.")
+def decode(
+    source: Path, target: Path, steps: int | None, guidance: float | None, seed: int | None,
+    max_size: int | None, model: str | None,
+) -> None:  # fmt: skip
+    """Decode the .perco file SOURCE to a picture of the kind that TARGET's name says."""
+    import io
+
+    from perco_engine import weights
+
+    if model is not None:
+        weights.find(model)
+    pillow_perco.register_perco_opener(steps=steps, guidance_scale=guidance, seed=seed)
+    with Image.open(source, formats=["PERCO"]) as picture:
+        if max_size is not None:
+            picture.thumbnail((max_size, max_size), reducing_gap=1.0)
+        picture.load()
+        extension = target.suffix.lower()
+        kind = Image.registered_extensions().get(extension)
+        if kind is None:
+            raise click.ClickException(
+                f"{target}: no picture format is known for {extension or 'a name without suffix'!r}"
+            )
+        data = io.BytesIO()
+        opaque = picture.convert("RGB") if kind in ("JPEG", "PPM", "BMP") else picture
+        opaque.save(data, kind)
+        pillow_perco.write_beside(target, data.getvalue())
+    click.echo(f"{target}: {picture.width}x{picture.height} pixels")
+
+
+@main.command()
+@click.argument("file", type=INPUT)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(file: Path, as_json: bool) -> None:
+    """Tell what a .perco file says, without decoding its pixels."""
+    with Image.open(file, formats=["PERCO"]) as picture:
+        told = {**picture.info["perco"], "mode": picture.mode}
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+        return
+    for name, value in told.items():
+        if name == "bytes":
+            value = ", ".join(f"{part} {size}" for part, size in value.items() if size)
+        click.echo(f"{name.replace('_', ' '):<16} {value if value not in ('', None) else '-'}")
+
+
+@main.command()
+@click.option("--photo", type=INPUT, default=DEMO_PHOTO, help="Another photo than the one that is shipped.")
+@click.option(
+    "--out", type=OUTPUT, default=Path("perco-demo.png"), show_default=True, help="Where the sheet is written."
+)
+def demo(photo: Path, out: Path) -> None:
+    """Encode a photo at every rate: a contact sheet of what comes back, and a table."""
+    from perco_engine.evaluation.demo import run
+
+    sheet, table = run(read_photo(photo).convert("RGB"))
+    sheet.save(out)
+    click.echo(table)
+    click.echo(f"\nlook at {out}")
+
+
+@main.command()
+@click.option("--photo", type=INPUT, default=DEMO_PHOTO, help="The photo to measure with.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--times", type=click.IntRange(1), default=5, show_default=True, help="Runs of which the median is taken."
+)
+def bench(photo: Path, as_json: bool, times: int) -> None:
+    """Measure what importing, opening, encoding and decoding cost on this machine."""
+    from perco_engine.evaluation import bench as benchmark
+
+    result = benchmark.measure(read_photo(photo), times)
+    click.echo(benchmark.to_json(result) if as_json else benchmark.table(result))
+
+
+@main.command()
+@click.option("--build-torchac", is_flag=True, help="Compile torchac's extension (needs g++ and ninja).")
+def doctor(build_torchac: bool) -> None:
+    """Tell what this installation has, and what it lacks."""
+    from perco_engine.evaluation.doctor import report
+
+    if build_torchac:
+        from perco_engine import torchac_backend
+
+        torchac_backend.build()
+    for line in report():
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""A tiny real model with random weights, and pictures that no two are alike."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perco_engine.models.autoencoder import PatchAutoencoder
+from perco_engine.models.ladder import HyperLadder
+from perco_engine.models.unet import UNet2DConditionModel
+from perco_engine.pipeline import PercoPipeline
+from perco_engine.training.embedded import new_scheduler
+
+PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an unregistered model of the embedded model's kind: three levels, some thousand weights."""
+    torch.manual_seed(0)
+    vae = PatchAutoencoder(latent_channels=4, width=20, depth=1)
+    ladder = HyperLadder(latent_channels=4, grids=((32, 16), (16, 16), (8, 8)), width=8)
+    unet = UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        local_features_channels=5,
+        add_local_features=True,
+    )
+    for level in ladder.levels:
+        level.quantizer._codebook.embed.normal_()
+        level.quantizer._codebook.initted.fill_(1)
+    pipeline = PercoPipeline(
+        vae=vae, hyper_enc=ladder, unet=unet, scheduler=new_scheduler(),
+        default_num_inference_steps=2, default_guidance_scale=1.0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A real photo, 192x128 pixels, mode RGB."""
+    with Image.open(PHOTO) as image:
+        return image.convert("RGB").resize((192, 128))
+
+
+@pytest.fixture
+def noise() -> Iterator[Image.Image]:
+    """Noise of an odd size, mode RGB."""
+    pixels = np.random.default_rng(1).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    yield Image.fromarray(pixels)

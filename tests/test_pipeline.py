@@ -1,0 +1,340 @@
+"""PercoPipeline: parity with the reference, model folders, sizes, batches."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perco_engine.errors import InvalidModel, ModelUnavailable
+from perco_engine.models.autoencoder import PatchAutoencoder
+from perco_engine.models.ladder import HyperLadder
+from perco_engine.models.unet import UNet2DConditionModel
+from perco_engine.pipeline import PercoPipeline
+
+PARITY = Path(__file__).parent / "parity" / "pipeline_tiny"
+FOLDER = PARITY / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def published() -> PercoPipeline:
+    """A folder as the reference publishes it, with tiny components."""
+    return PercoPipeline.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def textless() -> PercoPipeline:
+    """Tiny random components of the embedded model's kinds."""
+    torch.manual_seed(0)
+    vae = PatchAutoencoder(latent_channels=4, width=20, depth=1)
+    ladder = HyperLadder(latent_channels=4, grids=((64, 16), (16, 32)), width=8).eval()
+    for module in ladder.modules():
+        if hasattr(module, "initted"):  # codebooks that k-means would otherwise still have to fill
+            torch.nn.init.normal_(module.embed)
+            module.initted.fill_(True)
+    unet = UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D", local_features_channels=5, add_local_features=True,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="sample",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    return PercoPipeline(
+        vae.eval(), ladder, unet.eval(), scheduler, default_num_inference_steps=1, default_guidance_scale=1.0
+    )
+
+
+@pytest.fixture(scope="module")
+def io() -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(PARITY / "io.safetensors")
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    texts: list[str] = json.loads((PARITY / "io.json").read_text())["prompts"]
+    return texts
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the published folder, to be spoilt."""
+    shutil.copytree(FOLDER, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def picture(height: int, width: int, batch: int = 1) -> Tensor:
+    """Smooth random pictures (batch, 3, height, width) in -1..1."""
+    coarse = torch.rand(batch, 3, 3, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_encoding_equals_the_reference(published: PercoPipeline, io: dict[str, Tensor]) -> None:
+    image = io["image"] * 2 - 1
+    close(published.encode_latents(image), io["latents"])
+    indices = published.encode_image(image)
+    assert len(indices) == 1
+    assert torch.equal(indices[0], io["indices"].long())
+    close(published.local_features(indices, 128, 192), io["z_hat"])
+
+
+@torch.no_grad()
+def test_text_equals_the_reference(published: PercoPipeline, io: dict[str, Tensor], prompts: list[str]) -> None:
+    tokens = published.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(tokens, io["token_ids"].long())
+    close(published.encode_prompt(prompts), io["text_embeds"])
+
+
+@pytest.mark.parametrize(("steps", "guidance_scale"), [(20, 3.0), (5, 3.0), (5, 1.0)])
+def test_decoding_equals_the_reference(
+    published: PercoPipeline, io: dict[str, Tensor], prompts: list[str], steps: int, guidance_scale: float
+) -> None:
+    name = f"s{steps}_g{guidance_scale:.0f}"
+    latents = published(
+        prompt=prompts[0],
+        local_features=io["z_hat"],
+        height=128,
+        width=192,
+        latents=io[f"x_T_{name}"],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    close(latents, io[f"latents_0_{name}"], 1e-3)
+    close(published.decode_latents(latents, 128, 192).permute(0, 2, 3, 1), io[f"decoded_{name}"], 1e-3)
+
+
+def test_pndm_equals_the_reference(published: PercoPipeline, io: dict[str, Tensor], prompts: list[str]) -> None:
+    scheduler = PNDMScheduler.from_config(published.scheduler.config, skip_prk_steps=True)
+    pipeline = PercoPipeline(**{**published.components, "scheduler": scheduler})
+    for _ in range(2):  # the scheduler's state must not outlive a call
+        latents = pipeline(
+            prompt=prompts[0], local_features=io["z_hat"], latents=io["x_T_s20_g3"], output_type="latent"
+        ).images
+        close(latents, io["latents_0_pndm_s20_g3"], 1e-3)
+
+
+def test_seeded_decoding_from_indices_equals_the_reference(
+    published: PercoPipeline, io: dict[str, Tensor], prompts: list[str]
+) -> None:
+    seed = json.loads((PARITY / "io.json").read_text())["seed"]
+    images = published.decode_indices(
+        [io["indices"]], 128, 192, prompt=prompts[1], generator=generator(seed), output_type="np"
+    )
+    close(torch.from_numpy(images), io["decoded_seeded"], 1e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 65), (33, 31)])
+def test_any_size(published: PercoPipeline, textless: PercoPipeline, size: tuple[int, int]) -> None:
+    for pipeline in (published, textless):
+        indices = pipeline.encode_image(picture(*size))
+        shapes = pipeline.hyper_enc.rate_points[-1].shapes(size[1], size[0])
+        assert tuple(tuple(codes.shape[1:]) for codes in indices) == shapes
+        (image,) = pipeline.decode_indices(indices, *size, num_inference_steps=1, generator=generator(0))
+        assert isinstance(image, Image.Image)
+        assert image.size == (size[1], size[0])
+
+
+def test_padding_keeps_coarse_indices_on_their_squares(published: PercoPipeline) -> None:
+    """One index of this model stands for 32 x 32 pixels, so 33 x 65 pixels are decoded as 64 x 96."""
+    assert published.latent_size(33, 65) == (8, 12)
+    assert published.encode_image(picture(33, 65))[0].shape == (1, 2, 3)
+
+
+def test_a_batch_gives_what_each_picture_gives_alone(
+    published: PercoPipeline, textless: PercoPipeline, prompts: list[str]
+) -> None:
+    for pipeline in (published, textless):
+        images = picture(40, 56, batch=2)
+        indices = pipeline.encode_image(images)
+        options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+        together = pipeline.decode_indices(
+            indices, 40, 56, prompt=prompts, generator=[generator(1), generator(2)], **options
+        )
+        for k in range(2):
+            alone = pipeline.encode_image(images[k : k + 1])
+            assert all(torch.equal(a, b[k : k + 1]) for a, b in zip(alone, indices, strict=True))
+            decoded = pipeline.decode_indices(alone, 40, 56, prompt=prompts[k], generator=generator(k + 1), **options)
+            close(decoded, together[k : k + 1])
+
+
+def test_levels_of_a_ladder(textless: PercoPipeline) -> None:
+    image = picture(48, 80)
+    fine = textless.encode_image(image)
+    coarse = textless.encode_image(image, level=0)
+    assert [tuple(codes.shape) for codes in fine] == [(1, 1, 2), (1, 3, 5)]
+    assert len(coarse) == 1
+    assert torch.equal(coarse[0], fine[0])
+    assert textless.local_features(coarse, 48, 80).shape == (1, 5, 6, 10)
+
+
+def test_no_steps_decode_the_estimate(textless: PercoPipeline) -> None:
+    features = textless.local_features(textless.encode_image(picture(20, 24)), 20, 24)
+    options: dict[str, Any] = {"local_features": features, "height": 20, "width": 24, "num_inference_steps": 0}
+    assert torch.equal(textless(output_type="latent", **options).images, features[:, :4])
+    assert textless(output_type="np", **options).images.shape == (1, 20, 24, 3)
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_one_another(textless: PercoPipeline) -> None:
+    indices = textless.encode_image(picture(32, 32))
+    first, again, other = (
+        np.asarray(textless.decode_indices(indices, 32, 32, num_inference_steps=2, generator=generator(seed))[0])
+        for seed in (5, 5, 6)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_calls_that_do_not_fit(published: PercoPipeline, textless: PercoPipeline) -> None:
+    features = torch.zeros(2, 320, 1, 1)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"local_features": None}, "local_features"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_inference_steps": -1}, "0 or more"),
+        ({"num_inference_steps": 1.5}, "0 or more"),
+        ({"guidance_scale": float("nan")}, "guidance scale"),
+        ({"guidance_scale": float("inf")}, "guidance scale"),
+        ({"output_type": "jpeg"}, "output_type"),
+        ({"prompt": ["a", "b", "c"]}, "3 prompts for 2"),
+        ({"generator": [generator(0)]}, "1 generators for 2"),
+        ({"latents": torch.zeros(2, 4, 5, 4), "height": 32, "width": 32}, "latents"),
+        ({"height": 0, "width": 32}, "1x1"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            published(**{"local_features": features, "num_inference_steps": 1, **options})
+    with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
+        published.encode_image(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="3 grids"):
+        textless.local_features([torch.zeros(1, 1, 1, dtype=torch.int64)] * 3, 8, 8)
+    with pytest.raises(ValueError, match="shape"):
+        published.local_features([torch.zeros(1, 2, 1, dtype=torch.int64)], 8, 8)
+    with pytest.raises(ValueError, match="codebook"):
+        published.local_features([torch.full((1, 1, 1), 999)], 8, 8)
+    with pytest.raises(ValueError, match="together"):
+        PercoPipeline(**{**published.components, "tokenizer": None})
+
+
+def test_round_trip_of_a_text_model(published: PercoPipeline, io: dict[str, Tensor], tmp_path: Path) -> None:
+    published.save_pretrained(tmp_path, max_shard_size="500KB")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    again = PercoPipeline.from_pretrained(tmp_path)
+    options: dict[str, Any] = {"prompt": "a river", "num_inference_steps": 2, "output_type": "pt"}
+    first, second = (
+        pipeline(local_features=io["z_hat"], generator=generator(1), **options).images
+        for pipeline in (published, again)
+    )
+    close(first, second)
+
+
+def test_round_trip_of_a_textless_model(textless: PercoPipeline, tmp_path: Path) -> None:
+    textless.save_pretrained(tmp_path)
+    again = PercoPipeline.from_pretrained(tmp_path)
+    assert again.text_encoder is None
+    assert again.tokenizer is None
+    assert (again.config.default_num_inference_steps, again.config.default_guidance_scale) == (1, 1.0)
+    image = picture(24, 40)
+    indices = textless.encode_image(image)
+    assert all(torch.equal(a, b) for a, b in zip(again.encode_image(image), indices, strict=True))
+    first, second = (
+        pipeline.decode_indices(indices, 24, 40, generator=generator(1), output_type="pt")
+        for pipeline in (textless, again)
+    )
+    close(first, second)
+
+
+def test_half_precision_weights_are_loaded_as_asked(published: PercoPipeline) -> None:
+    assert all(p.dtype == torch.float32 for p in published.unet.parameters())  # float16 on disk
+    pipeline = PercoPipeline.from_pretrained(FOLDER, torch_dtype=torch.bfloat16)
+    assert pipeline.dtype == torch.bfloat16
+    image = pipeline.decode_indices(
+        pipeline.encode_image(picture(16, 16)), 16, 16, num_inference_steps=1, output_type="pt"
+    )
+    assert image.dtype == torch.float32
+
+
+def test_loads_shards_without_accelerate_and_draws_no_progress_bar(
+    published: PercoPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    published.save_pretrained(tmp_path, max_shard_size="500KB")
+    monkeypatch.setattr("perco_engine.pipeline.is_accelerate_available", lambda: False)
+    again = PercoPipeline.from_pretrained(tmp_path)
+    assert all(torch.equal(value, published.unet.state_dict()[key]) for key, value in again.unet.state_dict().items())
+    assert capfd.readouterr() == ("", "")
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def pickle_weights(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "unet" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+
+
+def pickle_text_encoder(folder: Path) -> None:
+    weights = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(weights), folder / "text_encoder" / "pytorch_model.bin")
+    weights.unlink()
+
+
+def truncate_weights(folder: Path) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickled U-Net": (pickle_weights, "pickled"),
+    "pickled text encoder": (pickle_text_encoder, "pickled"),
+    "truncated weights": (truncate_weights, "cannot load"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "cannot read"),
+    "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), "cannot read"),
+    "index not an object": (lambda f: (f / "model_index.json").write_text("[]"), "JSON object"),
+    "null component": (lambda f: edit_json(f / "model_index.json", hyper_enc=[None, None]), "names no hyper_enc"),
+    "no tokenizer": (lambda f: edit_json(f / "model_index.json", tokenizer=None), "together"),
+    "component of a wrong form": (lambda f: edit_json(f / "model_index.json", vae="AutoencoderKL"), "module, class"),
+    "unknown class": (lambda f: edit_json(f / "model_index.json", vae=["os", "system"]), "does not know"),
+    "wrong default": (lambda f: edit_json(f / "model_index.json", default_guidance_scale="3"), "guidance"),
+    "missing component": (lambda f: shutil.rmtree(f / "vae"), "no folder vae"),
+    "missing configuration": (lambda f: (f / "unet" / "config.json").unlink(), "cannot load"),
+    "other shapes": (lambda f: edit_json(f / "hyper_enc" / "config.json", cfg_cs=64), "hyper_enc"),
+    "other rate": (lambda f: edit_json(f / "hyper_enc" / "config.json", cfg_ss=64), "hyper_enc"),
+    "too few layers": (lambda f: edit_json(f / "vae" / "config.json", layers_per_block=2), "do not fit"),
+    "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", num_hidden_layers=3), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_folder(folder: Path, name: str) -> None:
+    spoil, message = SPOILT[name]
+    spoil(folder)
+    with pytest.raises(InvalidModel, match=message):
+        PercoPipeline.from_pretrained(folder)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="no model folder"):
+        PercoPipeline.from_pretrained(tmp_path / "nothing")

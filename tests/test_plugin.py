@@ -1,0 +1,308 @@
+"""The Pillow plugin, on the embedded model and on a tiny one."""
+
+import copy
+import gc
+import io
+import multiprocessing
+import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+import pillow_perco
+from pillow_perco.PercoImagePlugin import PercoImageFile
+
+
+def saved(image: Image.Image, **options: object) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PERCO", **options)
+    return data.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_a_photo_at_the_lowest_rate_has_eighty_bytes_at_most() -> None:
+    gradient = Image.linear_gradient("L").resize((512, 512)).convert("RGB")
+    data = saved(gradient, bpp=0.0019)
+    assert len(data) <= 80
+    assert data[:4] == b"\x93PCo"
+    assert data[4:10] == bytes([0x10, 1, 0x01, 0xFF, 0x01, 0xFF])
+
+
+def test_the_picture_comes_back_as_a_picture_of_the_same_thing(photo: Image.Image) -> None:
+    reopened = opened(saved(photo, bpp=0.17))
+    assert (reopened.size, reopened.mode, reopened.format) == (photo.size, "RGB", "PERCO")
+    mse = float(((pixels(reopened) - pixels(photo)) ** 2).mean())
+    upside_down = float(((pixels(reopened) - pixels(photo)[::-1]) ** 2).mean())
+    assert mse < upside_down / 4
+
+
+def test_info_tells_what_the_file_says(photo: Image.Image) -> None:
+    data = saved(photo, bpp=0.01, caption="a barn owl", seed=7)
+    told = opened(data).info["perco"]
+    assert (told["model"], told["rate_point"], told["bpp"]) == ("embedded", 1, 0.0098)
+    assert (told["caption"], told["seed"]) == ("a barn owl", 7)
+    assert told["bytes"]["total"] == len(data) == sum(v for k, v in told["bytes"].items() if k != "total")
+    assert told["bits_per_pixel"] == 8 * len(data) / (192 * 128)
+
+
+def test_the_same_image_gives_the_same_bytes_and_the_same_file_the_same_pixels(photo: Image.Image) -> None:
+    first, second = saved(photo), saved(photo)
+    assert first == second
+    assert opened(first).tobytes() == opened(second).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+                                  "LAB", "HSV", "I", "F", "I;16", "I;16L", "I;16B"])  # fmt: skip
+def test_every_mode_is_accepted(mode: str, photo: Image.Image, tiny_model: Path) -> None:
+    image = Image.new(mode, (20, 12)) if mode in ("LAB", "PA", "La", "RGBa") else photo.convert("L").convert(mode)
+    reopened = opened(saved(image, model=tiny_model))
+    reopened.load()
+    assert reopened.size == image.size
+    assert reopened.mode in ("RGB", "RGBA")
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    grey = Image.fromarray(np.full((64, 64), 128 * 257, np.uint16))
+    assert abs(pixels(opened(saved(grey, bpp=0.17))).mean() - 128) < 16
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 9), (65, 64), (300, 1), (511, 65)])
+def test_any_size(size: tuple[int, int], tiny_model: Path) -> None:
+    reopened = opened(saved(Image.new("RGB", size, "teal"), model=tiny_model, bpp=9))
+    reopened.load()
+    assert reopened.size == size
+
+
+def test_opacity_is_kept(photo: Image.Image) -> None:
+    mask = Image.new("L", photo.size, 0)
+    mask.paste(255, (0, 0, 96, 128))
+    image = photo.copy()
+    image.putalpha(mask)
+    reopened = opened(saved(image))
+    assert reopened.mode == "RGBA"
+    alpha = np.asarray(reopened.getchannel("A")).astype(int)
+    assert alpha[:, :88].min() > 250 and alpha[:, 104:].max() < 5
+
+
+def test_opacity_is_dropped_on_request_and_where_everything_is_opaque(photo: Image.Image) -> None:
+    image = photo.convert("RGBA")
+    assert saved(image) == saved(photo)
+    image.putalpha(100)
+    assert opened(saved(image)).mode == "RGBA"
+    assert saved(image, alpha=False) == saved(photo)
+
+
+def test_transparent_palette_colour(photo: Image.Image, tiny_model: Path) -> None:
+    image = photo.quantize(8)
+    image.info["transparency"] = image.getpixel((0, 0))
+    assert opened(saved(image, model=tiny_model)).mode == "RGBA"
+
+
+def test_metadata_round_trips_only_when_given(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "description"
+    data = saved(photo, exif=exif, icc_profile=b"profile", xmp="<x:xmpmeta/>")
+    reopened = opened(data)
+    assert reopened.getexif()[0x0112] == 6 and reopened.getexif()[0x010E] == "description"
+    assert (reopened.info["icc_profile"], reopened.info["xmp"]) == (b"profile", b"<x:xmpmeta/>")
+    assert (
+        opened(saved(photo, exif=b"Exif\x00\x00" + exif.tobytes().removeprefix(b"Exif\x00\x00"))).getexif()[0x0112] == 6
+    )
+    photo.info["exif"] = exif.tobytes()
+    assert "exif" not in opened(saved(photo)).info
+    assert (
+        "exif" not in opened(saved(photo, exif=Image.Exif())).info
+        or not opened(saved(photo, exif=Image.Exif())).getexif()
+    )
+
+
+def test_max_bytes_takes_the_best_that_fits(photo: Image.Image) -> None:
+    sizes = [len(saved(photo, bpp=bpp)) for bpp in (0.002, 0.0098, 0.041, 0.0723, 0.166)]
+    assert sizes == sorted(set(sizes))
+    for size in sizes:
+        assert len(saved(photo, max_bytes=size)) == size
+    assert len(saved(photo, max_bytes=sizes[2] - 1)) == sizes[1]
+    assert len(saved(photo, max_bytes=10_000, bpp=0.0098)) == sizes[1]
+    with pytest.raises(ValueError, match=f"at least {sizes[0]} bytes"):
+        saved(photo, max_bytes=sizes[0] - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bpp": 0}, {"bpp": -1}, {"bpp": float("nan")}, {"bpp": "0.1"}, {"max_bytes": 0}, {"max_bytes": 1.5},
+        {"caption": 3}, {"caption": "x" * 4097}, {"seed": -1}, {"seed": 2**32}, {"seed": 1.0}, {"alpha": "no"},
+        {"exif": "text"}, {"icc_profile": 1},
+    ],
+)  # fmt: skip
+def test_wrong_values_are_value_errors(options: dict[str, object], photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        saved(photo, **options)
+
+
+def test_an_unknown_model_says_what_to_do(photo: Image.Image) -> None:
+    with pytest.raises(OSError, match="neither a registered model"):
+        saved(photo, model="no-such-model")
+    with pytest.raises(OSError, match="not on this machine"):
+        saved(photo, model="perco-sd")
+
+
+def test_a_file_of_an_unregistered_model_names_it(
+    photo: Image.Image, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(photo, model=tiny_model)
+    reopened = opened(data)
+    assert len(reopened.info["perco"]["model"]) == 16
+    reopened.load()
+    monkeypatch.setattr("perco_engine.weights._seen", {})
+    elsewhere = opened(data)
+    with pytest.raises(OSError, match="unregistered model"):
+        elsewhere.load()
+    assert elsewhere.size == photo.size
+
+
+def test_a_file_of_a_model_that_this_release_does_not_know() -> None:
+    from perco_engine.bitstream.header import checksum
+
+    body = b"\x93PCo\x10\x3e\x00\x07\x00\x07\x00"
+    image = opened(body + checksum(body))
+    with pytest.raises(OSError, match="model number 62"):
+        image.load()
+
+
+def test_damage_is_an_os_error_and_other_formats_are_not_identified(photo: Image.Image) -> None:
+    data = saved(photo)
+    for wrong in (data[:-1], data[:30], data[:9], data + b"\x00", data[:20] + b"\xff" + data[21:]):
+        with pytest.raises(OSError) as caught:
+            opened(wrong).load()
+        assert not isinstance(caught.value, UnidentifiedImageError)
+    with pytest.raises(UnidentifiedImageError):
+        opened(b"GIF87b" + data)
+
+
+def test_truncated_files_show_what_the_coarse_levels_give(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, coarse = saved(photo, bpp=0.17), saved(photo, bpp=0.0098)
+    cut = data[: len(coarse) + 20]
+    with pytest.raises(OSError):
+        opened(cut).load()
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert opened(cut).tobytes() == opened(coarse).tobytes()
+    with pytest.raises(OSError, match="coarsest"):
+        opened(data[:12]).load()
+
+
+def test_draft_decodes_at_a_smaller_size(photo: Image.Image) -> None:
+    large = photo.resize((640, 400))
+    image = opened(saved(large, bpp=0.17))
+    assert image.draft(None, (100, 100)) == ("RGB", (0, 0, 160, 100))
+    assert image.size == (160, 100)
+    reduced = large.reduce(4)
+    assert float(((pixels(image) - pixels(reduced)) ** 2).mean()) < 300
+    assert image.draft(None, (10, 10)) is None
+    thumbnail = opened(saved(large))
+    thumbnail.thumbnail((64, 64))
+    assert thumbnail.size == (64, 40)
+
+
+def test_no_resource_warning(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "x.perco"
+    photo.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Image.open(path).load()
+        with Image.open(path) as image:
+            assert image.size == photo.size
+        gc.collect()
+
+
+def test_the_file_pointer_can_be_reused(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "x.perco"
+    photo.save(path)
+    with path.open("rb") as file:
+        Image.open(file).load()
+        file.seek(0)
+        assert Image.open(file).size == photo.size
+        assert not file.closed
+
+
+def test_copy_pickle_verify_and_parser(photo: Image.Image) -> None:
+    data = saved(photo)
+    whole = opened(data).tobytes()
+    assert opened(data).copy().tobytes() == whole
+    assert copy.deepcopy(opened(data)).tobytes() == whole
+    assert pickle.loads(pickle.dumps(opened(data))).tobytes() == whole
+    opened(data).verify()
+    parser = ImageFile.Parser()
+    for start in range(0, len(data), 50):
+        parser.feed(data[start : start + 50])
+    assert parser.close().tobytes() == whole
+
+
+def test_threads_decode_the_same(photo: Image.Image) -> None:
+    data = saved(photo)
+    whole = opened(data).tobytes()
+    barrier = threading.Barrier(4)
+
+    def decode(_: int) -> bytes:
+        barrier.wait()
+        return opened(data).tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(decode, range(4))) == {whole}
+
+
+def _size_in_a_worker(path: str) -> tuple[int, int]:
+    return Image.open(path).size
+
+
+def test_spawned_workers_know_the_format(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "x.perco"
+    photo.save(path)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(_size_in_a_worker, [str(path)]) == [photo.size]
+
+
+def test_a_save_that_fails_leaves_nothing_and_destroys_nothing(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "x.perco"
+    with pytest.raises(ValueError, match="bpp"):
+        photo.save(path, bpp=-1)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match="bpp"):
+        pillow_perco.save(photo, path, bpp=-1)
+    assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
+    pillow_perco.save(photo, path)
+    assert Image.open(path).size == photo.size and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_decompression_bomb_is_refused_at_open(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
+    data = saved(photo)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Image.DecompressionBombError):
+        opened(data)
+
+
+def test_register_perco_opener_sets_how_files_are_decoded(photo: Image.Image) -> None:
+    data = saved(photo, bpp=0.0019)
+    default = opened(data).tobytes()
+    try:
+        pillow_perco.register_perco_opener(steps=0)
+        assert opened(data).tobytes() != default
+        with pytest.raises(TypeError):
+            pillow_perco.register_perco_opener(colour="blue")
+    finally:
+        pillow_perco.register_perco_opener()
+    assert opened(data).tobytes() == default
+    assert type(opened(data)) is PercoImageFile
