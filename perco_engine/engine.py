@@ -21,7 +21,7 @@ from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
 MAX_PIXELS = 178_956_970
-"""The largest picture that is decoded at full size: what Pillow by default refuses as a decompression bomb."""
+"""The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
 
 CODER = AutomaticCoder()
 
@@ -39,13 +39,20 @@ class _Job:
 
 
 class Engine:
-    """A loaded model.  Get one with `get_engine`; its methods may be called from several threads."""
+    """A loaded model.  Get one with `get_engine`; its methods may be called from several threads.
+
+    model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
+    """
 
     def __init__(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype).to(device)
+        modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        for module in modules:
+            module.to(memory_format=torch.channels_last)
+        self.size_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
         self._lock = threading.Lock()
 
     @property
@@ -58,12 +65,6 @@ class Engine:
         """What this model offers, lowest first."""
         spec = weights.registered(self.model.registry_id)
         return spec.rate_points if spec else self.pipeline.hyper_enc.rate_points
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the weights take."""
-        modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def encode(self, image: Image.Image, **options: Any) -> bytes:
         """One picture, of any Pillow mode and of 1..65535 pixels a side, as the bytes of a .perco file.
@@ -186,13 +187,13 @@ class Engine:
         for data in files:
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
             engine = self if header.model == self.reference else get_engine_for(header.model, self.device)
-            reduction = _reduction(header.width_px, header.height_px, max_size_px)
-            if header.width_px * header.height_px > MAX_PIXELS * reduction**2:
+            if header.width_px * header.height_px > MAX_PIXELS:
                 raise LimitExceeded(
                     f"the picture has {header.width_px}x{header.height_px} pixels, more than {MAX_PIXELS}: "
-                    f"ask for a smaller one with max_size_px"
+                    f"raise perco_engine.engine.MAX_PIXELS if you trust the file"
                 )
             codes = engine.codes(data, allow_truncated=allow_truncated)
+            reduction = _reduction(codes.width_px, codes.height_px, max_size_px)
             jobs.append((engine, _Job(codes, codes.seed if seed is None else seed, reduction)))
         images: list[Image.Image | None] = [None] * len(jobs)
         keys = [(e, j.reduction, j.codes.rate_point, j.codes.width_px, j.codes.height_px) for e, j in jobs]

@@ -36,9 +36,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         assert converted is not None
         return converted
-    if image.mode in ("RGBa", "La"):
-        return image.convert(image.mode[:-1] + "A").convert("RGB")
-    return image.convert("RGB")
+    return straight(image).convert("RGB")
+
+
+def straight(image: Image.Image) -> Image.Image:
+    """The picture with colours that are not multiplied by its opacity."""
+    return image.convert(image.mode[:-1] + "A") if image.mode in ("RGBa", "La") else image
 
 
 def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask | None:
@@ -49,7 +52,7 @@ def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask |
     """
     if not has_alpha(image):
         return None
-    opacity = image.convert("RGBA").getchannel("A")
+    opacity = straight(image).convert("RGBA").getchannel("A")
     if opacity.getextrema() == (255, 255):
         return None
     if log2_scale is None:

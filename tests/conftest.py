@@ -27,6 +27,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         in_channels=4,
         out_channels=4,
         block_out_channels=(32, 32),
+        norm_num_groups=8,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -58,3 +59,9 @@ def noise() -> Iterator[Image.Image]:
     """Noise of an odd size, mode RGB."""
     pixels = np.random.default_rng(1).integers(0, 256, (37, 53, 3), dtype=np.uint8)
     yield Image.fromarray(pixels)
+
+
+def opened_size(path: Path) -> tuple[int, int]:
+    """The size of the picture in a file, which is closed again."""
+    with Image.open(path) as image:
+        return image.size

@@ -6,6 +6,7 @@ network starts from a picture instead of from noise, and so that a preview at 1/
 convolution (`decode_preview`).  All heavy layers work at 1/8 and 1/4 of the picture's size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 PATCH = 8
+
+TILE = 192
+"""Latents a side, margins included, that are encoded or decoded at once; larger pictures go tile by tile."""
+
+MARGIN = 16
+"""Latents around a tile that are computed and thrown away: more than the networks see, so that tiles leave no seam."""
 
 
 class ResidualBlock(nn.Module):
@@ -37,6 +44,38 @@ def zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
+
+
+def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, cell_in: int, cell_out: int) -> Tensor:
+    """function(x), computed tile by tile where x is large: the same up to rounding, in bounded memory.
+
+    x: (b, c, rows * cell_in, columns * cell_in); the result has cell_out pixels for each of these cells and side.
+    """
+    rows, columns = x.shape[-2] // cell_in, x.shape[-1] // cell_in
+    if rows * columns <= TILE**2:
+        return function(x)
+    core = TILE - 2 * MARGIN
+    result: Tensor | None = None
+    for top in range(0, rows, core):
+        for left in range(0, columns, core):
+            bottom, right = min(top + core, rows), min(left + core, columns)
+            outer = (
+                max(top - MARGIN, 0),
+                max(left - MARGIN, 0),
+                min(bottom + MARGIN, rows),
+                min(right + MARGIN, columns),
+            )
+            part = x[..., outer[0] * cell_in : outer[2] * cell_in, outer[1] * cell_in : outer[3] * cell_in]
+            tile = function(part)[
+                ...,
+                (top - outer[0]) * cell_out : (bottom - outer[0]) * cell_out,
+                (left - outer[1]) * cell_out : (right - outer[1]) * cell_out,
+            ]
+            if result is None:
+                result = tile.new_empty((*tile.shape[:2], rows * cell_out, columns * cell_out))
+            result[..., top * cell_out : bottom * cell_out, left * cell_out : right * cell_out] = tile
+    assert result is not None
+    return result
 
 
 @dataclass
@@ -97,11 +136,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
     def encode(self, x: Tensor) -> AutoencoderOutput:
         """Picture (b, 3, h, w) in -1..1, h and w multiples of 8, to latents (b, latent_channels, h/8, w/8)."""
-        return AutoencoderOutput(latents=self.analysis(x) + self.encoder(x))
+        return AutoencoderOutput(latents=in_tiles(lambda part: self.analysis(part) + self.encoder(part), x, PATCH, 1))
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """Latents (b, latent_channels, h/8, w/8) to a picture (b, 3, h, w), about -1..1."""
-        return DecoderOutput(sample=F.pixel_shuffle(self.synthesis(z), PATCH) + self.decoder(z))
+        return DecoderOutput(
+            sample=in_tiles(lambda part: F.pixel_shuffle(self.synthesis(part), PATCH) + self.decoder(part), z, 1, PATCH)
+        )
 
     def decode_preview(self, z: Tensor, reduction: int) -> Tensor:
         """The linear part alone, at 1/reduction of the full size (reduction: 1, 2, 4 or 8).

@@ -1,0 +1,94 @@
+"""The arrows of the design, and that opening is free."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import perco_engine
+import pillow_perco
+
+ENGINE = Path(perco_engine.__file__).parent
+PLUGIN = Path(pillow_perco.__file__).parent
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules that a source file names in import statements, relative ones resolved."""
+    package = (
+        [path.parent.parent.name, path.parent.name]
+        if path.parent.parent.name in ("perco_engine",)
+        else [path.parent.name]
+    )
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(ENGINE), ids=lambda path: str(path.relative_to(ENGINE)))
+def test_the_engine_knows_neither_the_plugin_nor_the_command_line(path: Path) -> None:
+    assert not {name for name in imports(path) if name.split(".")[0] in ("pillow_perco", "click")} - (
+        {"click"} | {name for name in imports(path) if name.startswith("click.")}
+        if path.parent.name == "training"
+        else set()
+    )
+
+
+@pytest.mark.parametrize("path", files(ENGINE / "bitstream"), ids=lambda path: path.name)
+def test_bytes_know_no_networks(path: Path) -> None:
+    allowed = {"bitstream", "errors", "rates", "codes"}
+    assert not {n for n in imports(path) if n.split(".")[0] in ("torch", "diffusers", "transformers", "PIL")}
+    assert {n.split(".")[1] for n in imports(path) if n.startswith("perco_engine.")} <= allowed
+
+
+@pytest.mark.parametrize("path", files(ENGINE / "models"), ids=lambda path: path.name)
+def test_models_know_neither_bytes_nor_pipeline(path: Path) -> None:
+    assert {n.split(".")[1] for n in imports(path) if n.startswith("perco_engine.")} <= {"models", "rates", "errors"}
+
+
+@pytest.mark.parametrize("name", ["errors", "rates", "codes"])
+def test_the_lowest_layer_imports_next_to_nothing(name: str) -> None:
+    ours = {n for n in imports(ENGINE / f"{name}.py", top_level_only=True) if n.startswith("perco_engine")}
+    assert not ours
+
+
+@pytest.mark.parametrize("name", ["engine", "pipeline", "pixels", "weights", "torchac_backend"])
+def test_nothing_imports_training_or_evaluation(name: str) -> None:
+    assert not {n for n in imports(ENGINE / f"{name}.py") if "training" in n or "evaluation" in n}
+
+
+def test_no_module_has_two_ideas_in_it() -> None:
+    assert {path.name: n for path in files(ENGINE, PLUGIN) if (n := len(path.read_text().splitlines())) > 450} == {}
+    assert not [path for path in files(ENGINE, PLUGIN) if path.stem in ("utils", "helpers", "misc")]
+
+
+def test_importing_and_opening_leave_torch_alone(photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "x.perco"
+    photo.save(path, caption="a barn owl")
+    code = (
+        "import sys, pillow_perco\nfrom PIL import Image\n"
+        "image = Image.open(sys.argv[1])\n"
+        "assert image.size == (192, 128) and image.info['perco']['caption'] == 'a barn owl'\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'torchac', 'numpy'} & set(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    for module in (perco_engine, pillow_perco):
+        assert all(getattr(module, name) is not None for name in module.__all__)

@@ -1,0 +1,114 @@
+"""The command line, from outside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import opened_size
+from PIL import Image
+
+from pillow_perco.cli import main
+
+
+def perco(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def jpeg(photo: Image.Image, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    photo.save(path)
+    return path
+
+
+def test_encode_info_decode(jpeg: Path, tmp_path: Path) -> None:
+    coded, decoded = tmp_path / "photo.perco", tmp_path / "out.png"
+    result = perco("encode", jpeg, coded, "--bpp", 0.03, "--caption", "a barn owl")
+    assert result.exit_code == 0 and f"{coded.stat().st_size} bytes" in result.output
+    told = json.loads(perco("info", coded, "--json").output)
+    assert (told["bpp"], told["caption"], told["width"], told["mode"]) == (0.041, "a barn owl", 192, "RGB")
+    assert "barn owl" in perco("info", coded).output
+    assert perco("decode", coded, decoded).exit_code == 0
+    assert opened_size(decoded) == (192, 128)
+    assert perco("decode", coded, tmp_path / "small.jpg", "--max-size", 60, "--steps", 0).exit_code == 0
+    assert opened_size(tmp_path / "small.jpg") == (60, 40)
+
+
+def test_photos_are_turned_upright(jpeg: Path, photo: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(jpeg, exif=exif)
+    perco("encode", jpeg, tmp_path / "x.perco")
+    assert opened_size(tmp_path / "x.perco") == (128, 192)
+
+
+def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tmp_path: Path) -> None:
+    coded = tmp_path / "x.perco"
+    assert perco("encode", jpeg, coded, "--model", tiny_model).exit_code == 0
+    assert perco("decode", coded, tmp_path / "x.png", "--model", tiny_model).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("encode", "{jpeg}", "{out}", "--bpp", "-1"), "bpp must be a positive number"),
+        (("encode", "{jpeg}", "{out}", "--max-bytes", "3"), "more than max_bytes=3"),
+        (("encode", "{jpeg}", "{out}", "--model", "none"), "neither a registered model"),
+        (("encode", "{text}", "{out}"), "cannot identify image file"),
+        (("decode", "{jpeg}", "{out}"), "cannot identify image file"),
+        (("decode", "{cut}", "{out}"), "copy or download it again"),
+        (("info", "{cut}"), "copy or download it again"),
+        (("encode", "nowhere.jpg", "{out}"), "does not exist"),
+    ],
+)
+def test_what_goes_wrong_is_told_in_one_line(arguments: tuple[str, ...], says: str, jpeg: Path, tmp_path: Path) -> None:
+    out, text, cut = tmp_path / "out.perco", tmp_path / "text.jpg", tmp_path / "cut.perco"
+    out.write_bytes(b"precious")
+    text.write_text("no picture")
+    perco("encode", jpeg, cut)
+    cut.write_bytes(cut.read_bytes()[:-4])
+    result = perco(*(argument.format(jpeg=jpeg, out=out, text=text, cut=cut) for argument in arguments))
+    assert result.exit_code in (1, 2)
+    assert says in result.output and "Traceback" not in result.output
+    assert out.read_bytes() == b"precious"
+
+
+def test_decode_to_a_name_of_no_known_format(jpeg: Path, tmp_path: Path) -> None:
+    perco("encode", jpeg, tmp_path / "x.perco")
+    result = perco("decode", tmp_path / "x.perco", tmp_path / "x.nothing")
+    assert result.exit_code == 1 and "no picture format" in result.output
+    assert not (tmp_path / "x.nothing").exists()
+
+
+def test_demo(jpeg: Path, tmp_path: Path) -> None:
+    result = perco("demo", "--photo", jpeg, "--out", tmp_path / "sheet.png")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.output.splitlines()[1:6]] == [
+        "0.002",
+        "0.0098",
+        "0.041",
+        "0.0723",
+        "0.166",
+    ]
+    width, height = opened_size(tmp_path / "sheet.png")
+    assert width > 3 * 192 and height > 2 * 128
+
+
+def test_bench(jpeg: Path) -> None:
+    result = perco("bench", "--photo", jpeg, "--json", "--times", 1)
+    assert result.exit_code == 0
+    assert json.loads(result.output)["figures"]["Image.open (ms)"] > 0
+
+
+def test_doctor() -> None:
+    result = perco("doctor")
+    assert result.exit_code == 0
+    assert "pillow-perco" in result.output and "model embedded" in result.output
+
+
+def test_the_installed_command() -> None:
+    command = Path(sys.executable).with_name("perco")
+    assert "perco" in subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout

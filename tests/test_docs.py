@@ -1,0 +1,83 @@
+"""What the documents say is what the code does.  Needs the checkout, not only the package."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import perco_engine
+from perco_engine import get_engine
+from perco_engine.bitstream import header
+from perco_engine.bitstream.chunks import ChunkKind
+from pillow_perco.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FORMAT = (Path(perco_engine.__file__).parent / "bitstream" / "FORMAT.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("perco ")]
+
+
+def test_the_two_commands_are_one_line_each() -> None:
+    lines = [block.strip().splitlines() for block in blocks("sh") if "constraints.txt" in block]
+    assert [len(block) for block in lines] == [1, 1]
+    assert lines[0][0].endswith(".venv/bin/perco demo") and lines[1][0].endswith(".venv/bin/pytest")
+
+
+def test_the_constraints_are_exact_and_of_no_one_machine() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    assert "torch==2.13.0" in lines
+
+
+def test_the_commands_of_the_readme_run(photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo.save("photo.jpg")
+    assert len(COMMANDS) >= 6
+    for line in COMMANDS:
+        arguments = shlex.split(line)[1:]
+        if arguments == ["bench"]:
+            arguments += ["--times", "1", "--photo", "photo.jpg"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, (line, result.output)
+    assert Path("out.png").exists() and Path("perco-demo.png").exists()
+
+
+def test_the_first_program_of_the_readme_runs(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image.Image, "show", Image.Image.load)
+    photo.save("photo.jpg")
+    exec(blocks("python")[0], {})
+
+
+def test_the_table_of_sizes() -> None:
+    engine = get_engine()
+    images = [Image.new("RGB", size, "white") for size in ((768, 512), (512, 512))]
+    for point in engine.rate_points:
+        sizes = " | ".join(f"{len(engine.encode(image, bpp=point.bpp)):,}" for image in images)
+        assert re.search(rf"^\| {point.bpp} \|.*\| {sizes} \|$", README, re.MULTILINE)
+
+
+def test_the_constants_of_the_format() -> None:
+    assert f"magic `{header.MAGIC.hex(' ').upper()}`" in FORMAT
+    assert f"version, {header.VERSION};" in FORMAT
+    assert f"id {header.RESERVED_MODEL} is" in FORMAT.replace("\n", " ")
+    for kind in ChunkKind:
+        assert re.search(rf"^\| {kind.value} \(", FORMAT, re.MULTILINE)
+    assert header.checksum(b"123456789") == b"\x29\xb1"
+
+
+def test_nothing_links_nowhere() -> None:
+    for document in (*ROOT.glob("*.md"), ROOT / "integrations" / "README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), (document.name, link)

@@ -1,0 +1,186 @@
+"""The engine: batches, limits, the cache, and what it says when something is wrong."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perco_engine import bitstream, get_engine, weights
+from perco_engine.bitstream.header import checksum
+from perco_engine.engine import EngineCache, best_device, best_dtype
+from perco_engine.errors import (
+    BudgetTooSmall,
+    InvalidModel,
+    LimitExceeded,
+    ModelUnavailable,
+    TruncatedFile,
+    UnsupportedRatePoint,
+)
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def test_batches_give_what_singles_give(photo: Image.Image, noise: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    images = [photo, noise, photo.transpose(Image.Transpose.ROTATE_180), noise.convert("L")]
+    together = engine.encode_batch(images, bpp=1)
+    assert together == [engine.encode(image, bpp=1) for image in images]
+    decoded = engine.decode_batch(together)
+    assert [image.size for image in decoded] == [image.size for image in images]
+    assert max(difference(a, engine.decode(b)) for a, b in zip(decoded, together, strict=True)) <= 1
+
+
+def test_rates_of_one_batch_may_differ(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    files = [engine.encode(photo, bpp=point.bpp) for point in engine.rate_points]
+    assert len({len(data) for data in files}) == 3
+    for together, data in zip(engine.decode_batch(files), files, strict=True):
+        assert difference(together, engine.decode(data)) <= 1
+
+
+def test_the_seed_is_the_file_s_unless_another_is_asked_for(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    plain, seeded = engine.encode(photo), engine.encode(photo, seed=5)
+    assert len(seeded) == len(plain) + 1
+    assert engine.decode(plain, seed=5).tobytes() == engine.decode(seeded).tobytes() != engine.decode(plain).tobytes()
+
+
+def test_max_size_px_is_the_longer_side(photo: Image.Image) -> None:
+    engine = get_engine()
+    data = engine.encode(photo.resize((640, 400)))
+    assert [engine.decode(data, max_size_px=n).size for n in (640, 1000, 320, 100, 40, 1)] == [
+        (640, 400), (640, 400), (320, 200), (100, 62), (40, 25), (1, 1),
+    ]  # fmt: skip
+
+
+def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
+    engine = get_engine()
+    data = engine.encode(photo)
+    monkeypatch.setattr("perco_engine.engine.MAX_PIXELS", 192 * 128 - 1)
+    with pytest.raises(LimitExceeded, match="MAX_PIXELS"):
+        engine.decode(data)
+
+
+def test_an_absurd_size_costs_nothing() -> None:
+    body = b"\x93PCo\x14\x01\xff\xfe\xff\xfe" + bytes(20)
+    with pytest.raises(LimitExceeded):
+        get_engine().decode(body + checksum(body))
+    body = b"\x93PCo\x14\x01\xff\xfe\x07\xff" + bytes(20)
+    with pytest.raises(TruncatedFile):
+        get_engine().decode(body + checksum(body))
+
+
+def test_a_rate_point_that_the_model_does_not_have() -> None:
+    body = b"\x93PCo\x1f\x01\x00\x07\x00\x07\x00"
+    with pytest.raises(UnsupportedRatePoint, match="rate point 15"):
+        get_engine().decode(body + checksum(body))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": -1}, {"steps": 1.5}, {"steps": True}, {"max_size_px": 0}, {"guidance_scale": -1.0}, {"seed": -3}],
+)
+def test_wrong_decode_options_are_value_errors(options: dict[str, float], photo: Image.Image) -> None:
+    engine = get_engine()
+    with pytest.raises(ValueError, match=r"\w"):
+        engine.decode(engine.encode(photo), **options)
+
+
+def test_nothing_fits_is_a_value_error_of_its_own(photo: Image.Image) -> None:
+    with pytest.raises(BudgetTooSmall):
+        get_engine().encode(photo, max_bytes=5)
+
+
+def test_opacity_grows_coarser_before_the_picture_is_given_up(photo: Image.Image) -> None:
+    engine = get_engine()
+    image = photo.copy()
+    image.putalpha(Image.radial_gradient("L").resize(photo.size))
+    rich, poor = engine.encode(image), engine.encode(image, max_bytes=60)
+    masks = [engine.codes(data).alpha for data in (rich, poor)]
+    assert masks[0] is not None and masks[1] is not None
+    assert masks[0].log2_scale == 3 < masks[1].log2_scale
+    assert len(poor) <= 60
+
+
+def test_engines_are_loaded_once_even_from_several_threads(tiny_model: Path) -> None:
+    cache = EngineCache(budget_bytes=1 << 30)
+    found: list[object] = []
+    model = weights.find(tiny_model)
+    threads = [
+        threading.Thread(target=lambda: found.append(cache.get(model, torch.device("cpu"), torch.float32)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len({id(engine) for engine in found}) == 1
+    assert get_engine(tiny_model) is get_engine(tiny_model)
+
+
+def test_the_engine_that_was_not_used_for_longest_goes_first(tiny_model: Path) -> None:
+    model, cpu = weights.find(tiny_model), torch.device("cpu")
+    cache = EngineCache(budget_bytes=0)
+    first = cache.get(model, cpu, torch.float32)
+    size = first.size_bytes
+    cache.budget_bytes = size
+    second = cache.get(model, cpu, torch.bfloat16)
+    assert cache.size_bytes == second.size_bytes
+    assert cache.get(model, cpu, torch.float32) is not first
+    cache.clear()
+    assert cache.size_bytes == 0
+
+
+def test_bf16_shows_the_same_picture(photo: Image.Image) -> None:
+    data = get_engine().encode(photo, bpp=0.17)
+    full, half = get_engine().decode(data), get_engine(dtype=torch.bfloat16).decode(data)
+    assert np.abs(np.asarray(full).astype(int) - np.asarray(half).astype(int)).mean() < 4
+
+
+def test_the_default_device_and_dtype() -> None:
+    assert best_dtype(torch.device("cpu")) == torch.float32
+    assert get_engine().device == best_device()
+
+
+def test_model_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"model_index\.json"):
+        get_engine(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(InvalidModel, match="vae"):
+        get_engine(tmp_path)
+
+
+def test_the_fingerprint_is_of_the_weights(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    assert weights.find(copied).fingerprint == weights.find(tiny_model).fingerprint
+    largest = max(copied.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"\x01")
+    assert weights.fingerprint(copied) != weights.fingerprint(tiny_model)
+
+
+def test_a_model_in_the_home_folder_is_found_by_its_fingerprint(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Image.Image
+) -> None:
+    import shutil
+
+    data = get_engine(tiny_model).encode(photo)
+    monkeypatch.setattr(weights, "_seen", {})
+    monkeypatch.setenv("PERCO_HOME", str(tmp_path))
+    with pytest.raises(ModelUnavailable, match="fingerprint"):
+        get_engine().decode(data)
+    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
+    assert get_engine().decode(data).size == photo.size
+
+
+def test_long_streams_are_coded_alike_by_either_coder(tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    image = Image.effect_noise((1200, 1200), 80).convert("RGB")
+    data = engine.encode(image, bpp=0.0156)
+    assert bitstream.pack(bitstream.unpack(data, engine.rate_points), engine.rate_points) == data
