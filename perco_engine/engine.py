@@ -51,7 +51,7 @@ class Engine:
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype).to(device)
         modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         for module in modules:
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
         self._lock = threading.Lock()
 

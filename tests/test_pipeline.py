@@ -279,7 +279,7 @@ def test_loads_shards_without_accelerate_and_draws_no_progress_bar(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     published.save_pretrained(tmp_path, max_shard_size="500KB")
-    monkeypatch.setattr("perco_engine.pipeline.is_accelerate_available", lambda: False)
+    monkeypatch.setattr("perco_engine.model_folder.is_accelerate_available", lambda: False)
     again = PercoPipeline.from_pretrained(tmp_path)
     assert all(torch.equal(value, published.unet.state_dict()[key]) for key, value in again.unet.state_dict().items())
     assert capfd.readouterr() == ("", "")

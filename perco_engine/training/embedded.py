@@ -12,11 +12,7 @@ joint: ladder, decoder and U-Net together, through the decoded picture: L1 + fea
     more steps stay valid.
 """
 
-import copy
-import math
 import random
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,100 +25,11 @@ from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from . import photos
 from .perceptual import FeatureDistance
+from .stage import Stage, autocast, channels_last
 
 LATENT_CHANNELS = 16
 
-
 M = TypeVar("M", bound=nn.Module)
-
-
-def channels_last(module: M) -> M:
-    """The module with its convolutions in the memory layout that is fast for them."""
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def autocast() -> torch.autocast:
-    """bf16 where the device has it; the master weights stay in float32."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
-
-
-class Run:
-    """A stage's clock, optimizer, averaged weights and checkpoint.
-
-    The learning rate warms up over 50 steps, holds, and falls along a cosine over the last part of the minutes.
-    """
-
-    def __init__(self, folder: Path, stage: str, minutes: float, modules: dict[str, nn.Module], lr: float) -> None:
-        self.path = folder / f"{stage}.pt"
-        self.log = (folder / f"{stage}.log").open("a")
-        self.modules = nn.ModuleDict(modules)
-        self.averaged = copy.deepcopy(self.modules).requires_grad_(False)
-        # What feeds a quantizer learns slowly: its gradient passes straight through, and at full rate codes run away.
-        slow = [p for n, p in self.modules.named_parameters() if p.requires_grad and ".encoder." in n and "levels" in n]
-        fast = [p for p in self.modules.parameters() if p.requires_grad and all(p is not q for q in slow)]
-        groups = [{"params": fast, "factor": 1.0}, *([{"params": slow, "factor": 0.2}] if slow else [])]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        self.lr, self.seconds, self.spent, self.step = lr, minutes * 60, 0.0, 0
-        self.figures: dict[str, list[float]] = {}
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            self.modules.load_state_dict(state["modules"])
-            self.averaged.load_state_dict(state["averaged"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.spent, self.step = state["spent"], state["step"]
-
-    def save(self) -> None:
-        """Writes the checkpoint, beside and renamed."""
-        beside = self.path.with_suffix(".tmp")
-        torch.save(
-            {
-                "modules": self.modules.state_dict(),
-                "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "spent": self.spent,
-                "step": self.step,
-            },
-            beside,
-        )
-        beside.replace(self.path)
-
-    def steps(self) -> Iterator[int]:
-        """Yields step numbers until the minutes are spent; checkpoints every 4 minutes and at the end."""
-        saved = self.spent
-        while self.spent < self.seconds:
-            start = time.monotonic()
-            left = 1 - self.spent / self.seconds
-            rate = self.lr * min(1.0, (self.step + 1) / 50) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / 0.7)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
-            yield self.step
-            self.step += 1
-            self.spent += time.monotonic() - start
-            if self.step % 20 == 0:
-                means = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in self.figures.items())
-                print(f"step {self.step} minute {self.spent / 60:.1f} {means}", file=self.log, flush=True)
-                self.figures.clear()
-            if self.spent - saved > 240:
-                self.save()
-                saved = self.spent
-        self.save()
-
-    def update(self, loss: Tensor, **figures: float | Tensor) -> None:
-        """One optimizer step; then the averaged weights follow.  `figures` go to the log as means of 50 steps."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimizer.step()
-        decay = min(0.998, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            live, averaged = self.modules.state_dict(), self.averaged.state_dict()
-            floats = [name for name, value in averaged.items() if value.is_floating_point()]
-            torch._foreach_lerp_([averaged[n] for n in floats], [live[n] for n in floats], 1 - decay)
-            for name, value in averaged.items():
-                if "_codebook" in name or not value.is_floating_point():
-                    value.copy_(live[name])
-        for name, value in figures.items():
-            self.figures.setdefault(name, []).append(float(value.detach() if isinstance(value, Tensor) else value))
 
 
 def picture_loss(distance: FeatureDistance, output: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -148,7 +55,7 @@ def train_autoencoder(run: Path, pictures: list[Any], minutes: float, side: int,
     vae.analysis.requires_grad_(False)
     vae.synthesis.requires_grad_(False)
     distance = channels_last(FeatureDistance())
-    stage = Run(run, "autoencoder", minutes, {"vae": channels_last(vae)}, 6e-4)
+    stage = Stage(run, "autoencoder", minutes, {"vae": channels_last(vae)}, 6e-4)
     data = photos.batches(pictures, side, size, random.randrange(2**31))
     for _ in stage.steps():
         x = next(data).contiguous(memory_format=torch.channels_last)
@@ -228,7 +135,7 @@ def train_ladder(run: Path, pictures: list[Any], minutes: float) -> None:
     if not (run / "ladder.pt").exists():
         with torch.no_grad(), autocast():
             ladder.train().climb(latent_batch(cached, 32, 384, rng), len(ladder.levels) - 1)
-    stage = Run(run, "ladder", minutes, {"ladder": channels_last(ladder)}, 6e-4)
+    stage = Stage(run, "ladder", minutes, {"ladder": channels_last(ladder)}, 6e-4)
     ladder.train()
     for _ in stage.steps():
         z = latent_batch(cached, 32, 24, rng).contiguous(memory_format=torch.channels_last)
@@ -287,7 +194,7 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
     last = scheduler.config.num_train_timesteps - 1
     distance = channels_last(FeatureDistance())
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
-    stage = Run(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 4e-4)
+    stage = Stage(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 4e-4)
     vae.eval()
     ladder.train()
     unet.train()
@@ -305,18 +212,20 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
             terminal = torch.full((len(z),), last)
             guess = unet(noise, terminal, None, local_features=local).sample.float()
             loss, features = picture_loss(distance, vae.decode(guess).sample, x, 0.12)
-            t = torch.randint(0, last + 1, (len(z),))
-            noisy = scheduler.add_noise(z, noise, t)
-            denoised = unet(noisy, t, None, local_features=local.detach()).sample.float()
         latent = torch.stack([(weight * (y.float() - z).pow(2)).mean() for y in estimates]).mean()
-        diffusion = (weight * (denoised - z).pow(2)).mean()
-        loss = loss + 0.05 * latent + 0.1 * commitment / len(estimates) + 0.1 * diffusion
-        figures: dict[str, Tensor] = {f"f{level + 1}": features, "latent": latent, "diffusion": diffusion}
+        loss = loss + 0.05 * latent + 0.1 * commitment / len(estimates)
+        figures: dict[str, Tensor] = {f"f{level + 1}": features, "latent": latent}
         if step % 2 == 0:
+            t = torch.randint(0, last + 1, (len(z),))
             with autocast():
-                preview, preview_features = picture_loss(distance, vae.decode(estimates[-1]).sample, x, 0.12)
+                noisy = scheduler.add_noise(z, noise, t)
+                denoised = unet(noisy, t, None, local_features=local.detach()).sample.float()
+            figures["diffusion"] = (weight * (denoised - z).pow(2)).mean()
+            loss = loss + 0.2 * figures["diffusion"]
+        if step % 4 == 1:
+            with autocast():
+                preview, figures[f"p{level + 1}"] = picture_loss(distance, vae.decode(estimates[-1]).sample, x, 0.12)
             loss = loss + preview
-            figures[f"p{level + 1}"] = preview_features
         stage.update(loss, commitment=commitment, **figures)
 
 
