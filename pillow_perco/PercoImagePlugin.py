@@ -103,6 +103,10 @@ class PercoImageFile(ImageFile.ImageFile):
                 )
             except PercoError as error:
                 raise OSError(str(error)) from error
+            except (RuntimeError, MemoryError) as error:
+                raise OSError(
+                    f"the networks failed: {error}; decode at a smaller size, or on another device"
+                ) from error
             if picture.size != size:
                 picture = picture.resize(size)
             if self.fp and self._exclusive_fp:
@@ -170,6 +174,8 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
         raise
     except PercoError as error:
         raise OSError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        raise OSError(f"the networks failed: {error}; reduce the picture, or take another device") from error
 
 
 def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:

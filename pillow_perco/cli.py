@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function, and prints."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -82,27 +83,20 @@ def decode(
     max_size: int | None, model: str | None,
 ) -> None:  # fmt: skip
     """Decode the .perco file SOURCE to a picture of the kind that TARGET's name says."""
-    import io
+    from perco_engine import bitstream, weights
+    from perco_engine.engine import get_engine_for
 
-    from perco_engine import weights
-
+    kind = Image.registered_extensions().get(target.suffix.lower())
+    if kind not in Image.SAVE:
+        raise click.ClickException(f"{target}: no picture format can be written under this name; try .png")
     if model is not None:
         weights.find(model)
-    pillow_perco.register_perco_opener(steps=steps, guidance_scale=guidance, seed=seed)
-    with Image.open(source, formats=["PERCO"]) as picture:
-        if max_size is not None:
-            picture.thumbnail((max_size, max_size), reducing_gap=1.0)
-        picture.load()
-        extension = target.suffix.lower()
-        kind = Image.registered_extensions().get(extension)
-        if kind is None:
-            raise click.ClickException(
-                f"{target}: no picture format is known for {extension or 'a name without suffix'!r}"
-            )
-        data = io.BytesIO()
-        opaque = picture.convert("RGB") if kind in ("JPEG", "PPM", "BMP") else picture
-        opaque.save(data, kind)
-        pillow_perco.write_beside(target, data.getvalue())
+    data = source.read_bytes()
+    engine = get_engine_for(bitstream.read_header(data).model)
+    picture = engine.decode(data, steps=steps, guidance_scale=guidance, seed=seed, max_size_px=max_size)
+    written = io.BytesIO()
+    (picture.convert("RGB") if kind == "JPEG" else picture).save(written, kind)
+    pillow_perco.write_beside(target, written.getvalue())
     click.echo(f"{target}: {picture.width}x{picture.height} pixels")
 
 

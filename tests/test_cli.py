@@ -58,22 +58,24 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
         (("encode", "{jpeg}", "{out}", "--max-bytes", "3"), "more than max_bytes=3"),
         (("encode", "{jpeg}", "{out}", "--model", "none"), "neither a registered model"),
         (("encode", "{text}", "{out}"), "cannot identify image file"),
-        (("decode", "{jpeg}", "{out}"), "cannot identify image file"),
-        (("decode", "{cut}", "{out}"), "copy or download it again"),
+        (("decode", "{jpeg}", "{png}"), "not a .perco file"),
+        (("decode", "{cut}", "{png}"), "copy or download it again"),
         (("info", "{cut}"), "copy or download it again"),
         (("encode", "nowhere.jpg", "{out}"), "does not exist"),
     ],
 )
 def test_what_goes_wrong_is_told_in_one_line(arguments: tuple[str, ...], says: str, jpeg: Path, tmp_path: Path) -> None:
     out, text, cut = tmp_path / "out.perco", tmp_path / "text.jpg", tmp_path / "cut.perco"
+    png = tmp_path / "out.png"
     out.write_bytes(b"precious")
+    png.write_bytes(b"precious")
     text.write_text("no picture")
     perco("encode", jpeg, cut)
     cut.write_bytes(cut.read_bytes()[:-4])
-    result = perco(*(argument.format(jpeg=jpeg, out=out, text=text, cut=cut) for argument in arguments))
+    result = perco(*(argument.format(jpeg=jpeg, out=out, png=png, text=text, cut=cut) for argument in arguments))
     assert result.exit_code in (1, 2)
     assert says in result.output and "Traceback" not in result.output
-    assert out.read_bytes() == b"precious"
+    assert out.read_bytes() == png.read_bytes() == b"precious"
 
 
 def test_decode_to_a_name_of_no_known_format(jpeg: Path, tmp_path: Path) -> None:

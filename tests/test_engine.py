@@ -184,3 +184,18 @@ def test_long_streams_are_coded_alike_by_either_coder(tiny_model: Path) -> None:
     image = Image.effect_noise((1200, 1200), 80).convert("RGB")
     data = engine.encode(image, bpp=0.0156)
     assert bitstream.pack(bitstream.unpack(data, engine.rate_points), engine.rate_points) == data
+
+
+def test_a_published_checkpoint_folder_is_a_model_like_any_other(photo: Image.Image) -> None:
+    engine = get_engine(Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline")
+    image = photo.resize((70, 45))
+    data = engine.encode(image, caption="a river")
+    assert len(engine.rate_points) == 1
+    with_text, other_text = (engine.decode(d, steps=2) for d in (data, engine.encode(image, caption="a fox")))
+    assert with_text.size == (70, 45)
+    assert with_text.tobytes() != other_text.tobytes()
+    assert engine.decode(data, steps=2, guidance_scale=1.0).tobytes() != with_text.tobytes()
+    assert engine.decode(data, steps=2, max_size_px=20).size == (20, 13)
+    assert get_engine().decode(data, steps=2).tobytes() == with_text.tobytes()
+    with pytest.raises(ValueError, match="at least 1 denoising step"):
+        engine.decode(data, steps=0)

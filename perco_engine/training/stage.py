@@ -42,7 +42,7 @@ class Stage:
 
     def __init__(self, folder: Path, stage: str, minutes: float, modules: dict[str, nn.Module], lr: float) -> None:
         self.path = folder / f"{stage}.pt"
-        self.log = (folder / f"{stage}.log").open("a")
+        self.log = folder / f"{stage}.log"
         self.modules = nn.ModuleDict(modules)
         self.averaged = copy.deepcopy(self.modules).requires_grad_(False)
         groups: dict[float, list[nn.Parameter]] = {}
@@ -91,7 +91,8 @@ class Stage:
             self.spent += time.monotonic() - start
             if self.step % 20 == 0:
                 means = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in self.figures.items())
-                print(f"step {self.step} minute {self.spent / 60:.1f} {means}", file=self.log, flush=True)
+                with self.log.open("a") as log:
+                    print(f"step {self.step} minute {self.spent / 60:.1f} {means}", file=log)
                 self.figures.clear()
             if self.spent - saved > 240:
                 self.save()
