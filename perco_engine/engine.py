@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from PIL import Image
@@ -27,6 +27,27 @@ CODER = AutomaticCoder()
 
 BATCH_PIXELS = 4 * 1024 * 1024
 """How many pixels go through the networks together in a batch of pictures of one size."""
+
+
+class EncodeOptions(TypedDict, total=False):
+    """What `Engine.encode` and `Engine.encode_batch` take by name; the latter says what each means."""
+
+    bpp: float | None
+    max_bytes: int | None
+    caption: str | None
+    seed: int | None
+    alpha: bool
+    metadata: Metadata | None
+
+
+class DecodeOptions(TypedDict, total=False):
+    """What `Engine.decode` and `Engine.decode_batch` take by name; the latter says what each means."""
+
+    steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    max_size_px: int | None
+    allow_truncated: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ class Engine:
         spec = weights.registered(self.model.registry_id)
         return spec.rate_points if spec else self.pipeline.hyper_enc.rate_points
 
-    def encode(self, image: Image.Image, **options: Any) -> bytes:
+    def encode(self, image: Image.Image, **options: Unpack[EncodeOptions]) -> bytes:
         """One picture, of any Pillow mode and of 1..65535 pixels a side, as the bytes of a .perco file.
 
         The options are those of `encode_batch`.
@@ -150,7 +171,7 @@ class Engine:
             smallest = min(smallest, len(data))
         return data
 
-    def decode(self, data: bytes, **options: Any) -> Image.Image:
+    def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image:
         """The picture in the bytes of a .perco file, mode RGB, or RGBA where the file holds opacity.
 
         The options are those of `decode_batch`.

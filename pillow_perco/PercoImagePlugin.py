@@ -21,7 +21,7 @@ REDUCTIONS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class OpenerOptions:
     """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device."""
 
     steps: int | None = None
@@ -44,8 +44,8 @@ class PercoImageFile(ImageFile.ImageFile):
     format = "PERCO"
     format_description = "PerCo perceptually compressed image"
 
-    def __init__(self, *args: Any, options: DecodeOptions | None = None) -> None:
-        self._options = options or DecodeOptions()
+    def __init__(self, *args: Any, options: OpenerOptions | None = None) -> None:
+        self._options = options or OpenerOptions()
         super().__init__(*args)
 
     def _open(self) -> None:
@@ -182,7 +182,7 @@ def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
     fp.write(encode(image, image.encoderinfo))
 
 
-def register(options: DecodeOptions | None = None) -> None:
+def register(options: OpenerOptions | None = None) -> None:
     """Registers the format with Pillow; again with other options: from then on those hold."""
     factory = functools.partial(PercoImageFile, options=options) if options else PercoImageFile
     Image.register_open(PercoImageFile.format, factory, _accept)

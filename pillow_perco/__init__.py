@@ -17,18 +17,18 @@ from PIL import Image
 
 from perco_engine import __version__
 
-from .PercoImagePlugin import DecodeOptions, encode, register
+from .PercoImagePlugin import OpenerOptions, encode, register
 
-__all__ = ["DecodeOptions", "__version__", "register_perco_opener", "save"]
+__all__ = ["OpenerOptions", "__version__", "register_perco_opener", "save"]
 
 
 def register_perco_opener(**options: Any) -> None:
-    """Registers the format with Pillow, with other settings for decoding (see DecodeOptions): steps, guidance_scale,
+    """Registers the format with Pillow, with other settings for decoding (see OpenerOptions): steps, guidance_scale,
     seed, device.  Without options: the defaults again, as the import of this package does by itself.
 
     Raises TypeError for an unknown option.
     """
-    register(DecodeOptions(**options) if options else None)
+    register(OpenerOptions(**options) if options else None)
 
 
 def save(image: Image.Image, path: str | os.PathLike[str], **options: Any) -> None:
