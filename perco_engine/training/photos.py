@@ -35,11 +35,18 @@ def to_tensor(photo: Image.Image) -> Tensor:
 
 
 def random_crop(photo: Image.Image, side: int, rng: random.Random) -> Image.Image:
-    """A square of side/s pixels, s random in 0.35..1 as far as the photo allows, reduced to `side`, maybe mirrored."""
-    largest = min(side / 0.35, *photo.size)
-    source = rng.uniform(min(side, largest), largest)
-    left, top = rng.uniform(0, photo.width - source), rng.uniform(0, photo.height - source)
-    crop = photo.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + source, top + source), 2.0)
+    """A random square, maybe mirrored: as it is in half of the cases, else reduced to `side` from up to 1/0.35 of it.
+
+    Codecs meet photos at their own scale first of all; crops that are mostly reduced teach too much fine detail.
+    """
+    if rng.random() < 0.5 and min(photo.size) >= side:
+        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+        crop = photo.crop((left, top, left + side, top + side))
+    else:
+        largest = min(side / 0.35, *photo.size)
+        source = rng.uniform(min(side, largest), largest)
+        x, y = rng.uniform(0, photo.width - source), rng.uniform(0, photo.height - source)
+        crop = photo.resize((side, side), Image.Resampling.BICUBIC, (x, y, x + source, y + source), 2.0)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 
 
