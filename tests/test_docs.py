@@ -55,7 +55,7 @@ def test_the_first_program_of_the_readme_runs(
     photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Image.Image, "show", Image.Image.load)
+    monkeypatch.setattr(Image.Image, "show", lambda image: image.load())
     photo.save("photo.jpg")
     exec(blocks("python")[0], {})
 
