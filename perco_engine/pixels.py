@@ -96,5 +96,5 @@ def to_srgb(image: Image.Image) -> Image.Image:
     except (ImageCms.PyCMSError, OSError):
         return image
     assert converted is not None
-    converted.info.pop("icc_profile", None)
+    converted.info = {name: value for name, value in image.info.items() if name != "icc_profile"}
     return converted

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import rates
+from .bitstream.header import FINGERPRINT_BYTES
 from .errors import ModelUnavailable
 from .rates import RatePoint
-
-FINGERPRINT_BYTES = 8
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from conftest import opened_size
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pillow_perco.cli import main
 
@@ -43,6 +43,16 @@ def test_photos_are_turned_upright(jpeg: Path, photo: Image.Image, tmp_path: Pat
     photo.save(jpeg, exif=exif)
     perco("encode", jpeg, tmp_path / "x.perco")
     assert opened_size(tmp_path / "x.perco") == (128, 192)
+
+
+def test_metadata_outlives_the_conversion_to_srgb(jpeg: Path, photo: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a barn owl"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo.save(jpeg, exif=exif, icc_profile=profile)
+    assert perco("encode", jpeg, tmp_path / "x.perco", "--keep-metadata").exit_code == 0
+    with Image.open(tmp_path / "x.perco") as image:
+        assert image.getexif()[0x010E] == "a barn owl"
 
 
 def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tmp_path: Path) -> None:

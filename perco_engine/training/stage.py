@@ -100,7 +100,7 @@ class Stage:
         self.save()
 
     def update(self, loss: Tensor, **figures: float | Tensor) -> None:
-        """One optimizer step; then the averaged weights follow.  `figures` go to the log as means of 50 steps."""
+        """One optimizer step; then the averaged weights follow.  `figures` go to the log as means of 20 steps."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
