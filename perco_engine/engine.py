@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -25,6 +26,9 @@ MAX_PIXELS = 178_956_970
 
 CODER = AutomaticCoder()
 
+MOST_SEEDS = 129
+"""How many seeds an encoder may try: 0 costs no byte, 1 to 128 cost one."""
+
 BATCH_PIXELS = 4 * 1024 * 1024
 """How many pixels go through the networks together in a batch of pictures of one size."""
 
@@ -36,6 +40,7 @@ class EncodeOptions(TypedDict, total=False):
     max_bytes: int | None
     caption: str | None
     seed: int | None
+    best_of: int
     alpha: bool
     metadata: Metadata | None
 
@@ -45,7 +50,7 @@ class DecodeOptions(TypedDict, total=False):
 
     steps: int | None
     guidance_scale: float | None
-    seed: int | None
+    seed: int | Sequence[int] | None
     max_size_px: int | None
     allow_truncated: bool
 
@@ -102,6 +107,7 @@ class Engine:
         max_bytes: int | None = None,
         caption: str | None = None,
         seed: int | None = None,
+        best_of: int = 1,
         alpha: bool = True,
         metadata: Metadata | None = None,
     ) -> list[bytes]:
@@ -112,6 +118,8 @@ class Engine:
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
         caption: text stored with the picture, at most 4096 bytes of UTF-8; None or "": none.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
+        best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
+            the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
         metadata: EXIF, ICC and XMP blocks, stored as they are.
 
@@ -123,6 +131,10 @@ class Engine:
             level = rates.nearest(points, rates.DEFAULT_BPP)
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ValueError(f"max_bytes must be a positive number of bytes, not {max_bytes!r}")
+        if isinstance(best_of, bool) or not isinstance(best_of, int) or not 1 <= best_of <= MOST_SEEDS:
+            raise ValueError(f"best_of must be a number of seeds from 1 to {MOST_SEEDS}, not {best_of!r}")
+        if best_of > 1 and seed is not None:
+            raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
@@ -133,27 +145,38 @@ class Engine:
                 encoded = self.pipeline.encode_image(batch, level)
             for row, k in enumerate(group):
                 grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
-        return [
-            self._fit(
-                Codes(
-                    model=self.reference,
-                    width_px=image.width,
-                    height_px=image.height,
-                    rate_point=level,
-                    indices=indices,
-                    caption=caption or "",
-                    seed=DEFAULT_SEED if seed is None else seed,
-                    alpha=pixels.alpha_mask(image) if alpha else None,
-                    metadata=metadata or Metadata(),
-                ),
-                image,
-                max_bytes,
+        files = []
+        for image, indices in zip(images, grids, strict=True):
+            codes = Codes(
+                model=self.reference,
+                width_px=image.width,
+                height_px=image.height,
+                rate_point=level,
+                indices=indices,
+                caption=caption or "",
+                seed=DEFAULT_SEED if seed is None else seed,
+                alpha=pixels.alpha_mask(image) if alpha else None,
+                metadata=metadata or Metadata(),
             )
-            for image, indices in zip(images, grids, strict=True)
-        ]
+            codes, data = self._fit(codes, image, max_bytes)
+            if best_of > 1:
+                seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
+                longer = bitstream.pack(seeded, points, coder=CODER)
+                data = longer if max_bytes is None or len(longer) <= max_bytes else data
+            files.append(data)
+        return files
 
-    def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> bytes:
-        """The codes as bytes: whole, or as many levels and as fine an opacity mask as max_bytes allows."""
+    def _nearest_seed(self, codes: Codes, image: Image.Image, best_of: int) -> int:
+        """Of the seeds 0..best_of-1, the one whose decoded picture has the least squared error in RGB."""
+        original = np.asarray(pixels.to_rgb(image), np.float32)
+        errors: list[float] = []
+        for group in _groups([image.size] * best_of):
+            decoded = self._decode([_Job(codes, seed, 1) for seed in group], None, None)
+            errors += [float(np.square(np.asarray(picture, np.float32) - original).mean()) for picture in decoded]
+        return errors.index(min(errors))
+
+    def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
+        """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
         data = bitstream.pack(codes, self.rate_points, coder=CODER)
         smallest = len(data)
         while max_bytes is not None and len(data) > max_bytes:
@@ -169,7 +192,7 @@ class Engine:
                 )
             data = bitstream.pack(codes, self.rate_points, coder=CODER)
             smallest = min(smallest, len(data))
-        return data
+        return codes, data
 
     def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image:
         """The picture in the bytes of a .perco file, mode RGB, or RGBA where the file holds opacity.
@@ -184,7 +207,7 @@ class Engine:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         max_size_px: int | None = None,
         allow_truncated: bool = False,
     ) -> list[Image.Image]:
@@ -194,18 +217,23 @@ class Engine:
 
         steps: denoising steps (default: the model's); 0 shows the hyper-latent's own estimate, where there is one.
         guidance_scale: of classifier-free guidance (default: the model's), where the model reads captions.
-        seed: of the noise, instead of the file's.
+        seed: of the noise, instead of the file's: one for all files, or one for each.
         max_size_px: the longer side of the result at most; much smaller ones are decoded on a shorter way.
         allow_truncated: show what the complete levels of a truncated file still give.
 
         The same file gives the same pixels on the same machine, alone or in a batch, up to rounding (1 level of 256).
         Raises BitstreamError, ModelUnavailable, LimitExceeded.
         """
-        for name, value, least in (("steps", steps, 0), ("max_size_px", max_size_px, 1), ("seed", seed, 0)):
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(files)
+        if len(seeds) != len(files):
+            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
+        for name, value, least in (
+            ("steps", steps, 0), ("max_size_px", max_size_px, 1), *(("seed", one, 0) for one in seeds),
+        ):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
         jobs: list[tuple[Engine, _Job]] = []
-        for data in files:
+        for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
             engine = self if header.model == self.reference else get_engine_for(header.model, self.device)
             if header.width_px * header.height_px > MAX_PIXELS:
@@ -215,7 +243,7 @@ class Engine:
                 )
             codes = engine.codes(data, allow_truncated=allow_truncated)
             reduction = _reduction(codes.width_px, codes.height_px, max_size_px)
-            jobs.append((engine, _Job(codes, codes.seed if seed is None else seed, reduction)))
+            jobs.append((engine, _Job(codes, codes.seed if own is None else own, reduction)))
         images: list[Image.Image | None] = [None] * len(jobs)
         keys = [(e, j.reduction, j.codes.rate_point, j.codes.width_px, j.codes.height_px) for e, j in jobs]
         for group in _groups([key[-2:] for key in keys], keys):

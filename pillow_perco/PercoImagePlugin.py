@@ -167,6 +167,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
             max_bytes=options.get("max_bytes"),
             caption=options.get("caption"),
             seed=options.get("seed"),
+            best_of=options.get("best_of", 1),
             alpha=options.get("alpha") is not False,
             metadata=Metadata(**blocks),
         )

@@ -52,6 +52,9 @@ def read_photo(path: Path) -> Image.Image:
 @click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")
 @click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
+@click.option(
+    "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."
+)
 @click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
 @click.option("--no-alpha", is_flag=True, help="Drop opacity.")
 @click.option(
@@ -78,13 +81,15 @@ def encode(source: Path, target: Path, no_alpha: bool, keep_metadata: bool, **op
 @click.option("--seed", type=click.IntRange(0), help="Another seed than the file's.")
 @click.option("--max-size", type=click.IntRange(1), help="Longer side of the result, in pixels, at most.")
 @click.option("--model", help="The folder of the file's model, if it is not a registered one.")
+@click.option("--samples", type=click.IntRange(1), help="Write a sheet of so many plausible originals, a seed each.")
 def decode(
     source: Path, target: Path, steps: int | None, guidance: float | None, seed: int | None,
-    max_size: int | None, model: str | None,
+    max_size: int | None, model: str | None, samples: int | None,
 ) -> None:  # fmt: skip
     """Decode the .perco file SOURCE to a picture of the kind that TARGET's name says."""
     from perco_engine import bitstream, weights
     from perco_engine.engine import get_engine_for
+    from perco_engine.evaluation.contact_sheet import samples_sheet
 
     kind = Image.registered_extensions().get(target.suffix.lower())
     if kind not in Image.SAVE:
@@ -92,8 +97,14 @@ def decode(
     if model is not None:
         weights.find(model)
     data = source.read_bytes()
-    engine = get_engine_for(bitstream.read_header(data).model)
-    picture = engine.decode(data, steps=steps, guidance_scale=guidance, seed=seed, max_size_px=max_size)
+    header = bitstream.read_header(data)
+    engine = get_engine_for(header.model)
+    first = header.seed if seed is None else seed
+    seeds = [first + k for k in range(samples or 1)]
+    pictures = engine.decode_batch(
+        [data] * len(seeds), steps=steps, guidance_scale=guidance, seed=seeds, max_size_px=max_size
+    )
+    picture = samples_sheet(pictures, seeds) if samples else pictures[0]
     written = io.BytesIO()
     (picture.convert("RGB") if kind == "JPEG" else picture).save(written, kind)
     pillow_perco.write_beside(target, written.getvalue())

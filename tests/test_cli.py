@@ -37,6 +37,16 @@ def test_encode_info_decode(jpeg: Path, tmp_path: Path) -> None:
     assert opened_size(tmp_path / "small.jpg") == (60, 40)
 
 
+def test_samples_are_a_sheet_of_several_seeds(jpeg: Path, tiny_model: Path, tmp_path: Path) -> None:
+    coded, sheet = tmp_path / "photo.perco", tmp_path / "sheet.png"
+    assert perco("encode", jpeg, coded, "--model", tiny_model, "--best-of", 3).exit_code == 0
+    assert perco("decode", coded, sheet, "--model", tiny_model, "--samples", 4).exit_code == 0
+    with Image.open(sheet) as picture:
+        assert picture.size == (2 * 192 + 3 * 16, 2 * (128 + 24 + 16) + 3 * 16)
+        corners = [picture.crop((x, y, x + 192, y + 128)).tobytes() for x in (16, 224) for y in (16, 200)]
+    assert len(set(corners)) == 4
+
+
 def test_photos_are_turned_upright(jpeg: Path, photo: Image.Image, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

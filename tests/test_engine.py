@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,39 @@ def test_the_seed_is_the_file_s_unless_another_is_asked_for(photo: Image.Image, 
     plain, seeded = engine.encode(photo), engine.encode(photo, seed=5)
     assert len(seeded) == len(plain) + 1
     assert engine.decode(plain, seed=5).tobytes() == engine.decode(seeded).tobytes() != engine.decode(plain).tobytes()
+
+
+def test_best_of_stores_the_seed_of_the_nearest_picture(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    plain = engine.encode(photo, bpp=1)
+    errors = [
+        float(np.square(np.asarray(engine.decode(plain, seed=k), float) - np.asarray(photo, float)).mean())
+        for k in range(16)
+    ]
+    data = engine.encode(photo, bpp=1, best_of=16)
+    assert len(set(errors)) == 16
+    assert engine.codes(data).seed == errors.index(min(errors)) > 0
+    assert len(data) == len(plain) + 1
+    assert engine.encode(photo, bpp=1, best_of=16, max_bytes=len(plain)) == plain
+
+
+def test_every_file_of_a_batch_may_have_its_own_seed(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    data = engine.encode(photo, bpp=1)
+    both = engine.decode_batch([data, data], seed=[3, 4])
+    assert [difference(picture, engine.decode(data, seed=k)) <= 1 for picture in both for k in (3, 4)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="1 seeds for 2 files"):
+        engine.decode_batch([data, data], seed=[3])
+
+
+@pytest.mark.parametrize(
+    "options", [{"best_of": 0}, {"best_of": 130}, {"best_of": True}, {"best_of": 2.0}, {"best_of": 2, "seed": 1}]
+)
+def test_wrong_best_of_is_a_value_error(options: dict[str, Any], photo: Image.Image, tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match="best_of"):
+        get_engine(tiny_model).encode(photo, **options)
 
 
 def test_max_size_px_is_the_longer_side(photo: Image.Image) -> None:

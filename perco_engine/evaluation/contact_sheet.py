@@ -48,6 +48,13 @@ def contact_sheet(rows: Sequence[Sequence[Cell]], text_px: int = 18) -> Image.Im
     return sheet
 
 
+def samples_sheet(pictures: Sequence[Image.Image], seeds: Sequence[int]) -> Image.Image:
+    """Decodes of one file from several seeds, in a grid about as wide as it is high."""
+    cells = [Cell(picture, (f"seed {seed}",)) for picture, seed in zip(pictures, seeds, strict=True)]
+    columns = max(1, round((len(cells) * pictures[0].height / pictures[0].width) ** 0.5))
+    return contact_sheet([cells[k : k + columns] for k in range(0, len(cells), columns)])
+
+
 def checkerboard(size: tuple[int, int], square_px: int = 8) -> Image.Image:
     """Grey and white squares, what shows through transparent pixels."""
     tile = Image.new("RGB", (2 * square_px, 2 * square_px), "#ffffff")
