@@ -7,9 +7,9 @@
 
 autoencoder: principal components, least squares, then L1 + feature distance.
 ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
-joint: ladder, decoder and U-Net together, through the decoded picture: L1 + feature distance of the U-Net's one-step
-    estimate from pure noise, and of the ladder's own; beside it, the plain diffusion loss at every noise level, so that
-    more steps stay valid.
+joint: ladder, decoder and U-Net together, through the decoded picture: L1, squared error, MS-SSIM and feature distance
+    of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
+    every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
 """
 
 import random
@@ -32,10 +32,18 @@ LATENT_CHANNELS = 16
 M = TypeVar("M", bound=nn.Module)
 
 
-def picture_loss(distance: FeatureDistance, output: Tensor, target: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """(L1 + weight x feature distance, feature distance)."""
-    features = distance(output, target)
-    return F.l1_loss(output.float(), target) + weight * features, features
+def picture_loss(distance: FeatureDistance, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + 2 x squared error + 0.3 x (1 - MS-SSIM) + 0.12 x feature distance, and the figures by name.
+
+    Pictures in -1..1 of at least 161 pixels a side, which MS-SSIM (Wang et al., 2003) needs.
+    """
+    from pytorch_msssim import ms_ssim
+
+    output = output.float()
+    mse, features = F.mse_loss(output, target), distance(output, target)
+    similarity = ms_ssim(output / 2 + 0.5, target / 2 + 0.5, data_range=1.0)
+    loss = F.l1_loss(output, target) + 2 * mse + 0.3 * (1 - similarity) + 0.12 * features
+    return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ms_ssim": similarity}
 
 
 def finished(run: Path, stage: str, name: str, module: M) -> M:
@@ -62,10 +70,9 @@ def train_autoencoder(run: Path, pictures: list[Any], minutes: float, side: int,
         with autocast():
             z = vae.encode(x).latents
             y = vae.decode(z).sample
-            loss, features = picture_loss(distance, y, x, 0.12)
+            loss, figures = picture_loss(distance, y, x)
         spread = (z.float().pow(2).mean((0, 2, 3)) - 1).pow(2).mean()
-        mse = (y.float() - x).pow(2).mean()
-        stage.update(loss + 4 * mse + 0.01 * spread, features=features, psnr=-10 * torch.log10(mse / 4), spread=spread)
+        stage.update(loss + 0.01 * spread, spread=spread, **figures)
     # The encoder is final from here on: solve the linear decoder once more, for the latents that it really makes.
     vae = finished(run, "autoencoder", "vae", vae)
     sample = next(photos.batches(pictures, 256, 300, 1))
@@ -113,6 +120,11 @@ def latent_batch(cached: list[Tensor], side: int, size: int, rng: random.Random)
     return torch.stack(crops)
 
 
+def latent_error(estimate: Tensor, latents: Tensor, deviation: Tensor) -> Tensor:
+    """Mean squared error of latents, mostly in pixels' units (`pixel_deviation`): these alone would neglect detail."""
+    return ((deviation.pow(2) + 0.2) * (estimate.float() - latents).pow(2)).mean()
+
+
 def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
     """Sets how codebooks follow batches of so many latents: a code with 1/20 of the mean use starts again elsewhere."""
     for rung in ladder.levels:
@@ -141,11 +153,9 @@ def train_ladder(run: Path, pictures: list[Any], minutes: float) -> None:
         z = latent_batch(cached, 32, 24, rng).contiguous(memory_format=torch.channels_last)
         with autocast():
             estimates, _, commitment = ladder.climb(z, len(ladder.levels) - 1)
-        errors = [((y.float() - z) * deviation).pow(2).mean() for y in estimates]
-        plain = [(y.float() - z).pow(2).mean() for y in estimates]
-        total = torch.stack(errors).sum() + 0.1 * torch.stack(plain).sum()
+        errors = [latent_error(y, z, deviation) for y in estimates]
         named = {f"e{k + 1}": e for k, e in enumerate(errors)}
-        stage.update(total + 0.5 * commitment, commitment=commitment, **named)
+        stage.update(torch.stack(errors).sum() + 0.5 * commitment, commitment=commitment, **named)
 
 
 def new_unet() -> nn.Module:
@@ -184,10 +194,16 @@ def new_scheduler() -> Any:
     )
 
 
-def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size: int) -> None:
+def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size: int, start: Path | None) -> None:
     vae, deviation = load_autoencoder(run)
     ladder = finished(run, "ladder", "ladder", HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
     unet = new_unet()
+    if start is not None:
+        from ..pipeline import PercoPipeline
+
+        earlier = PercoPipeline.from_pretrained(start)
+        vae.decoder.load_state_dict(earlier.vae.decoder.state_dict())
+        unet.load_state_dict(earlier.unet.state_dict())
     vae.decoder.requires_grad_(True)
     mind_codebooks(ladder, size * (side // 8) ** 2)
     scheduler = new_scheduler()
@@ -199,7 +215,6 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
     ladder.train()
     unet.train()
     data = photos.batches(pictures, side, size, random.randrange(2**31))
-    weight = deviation.pow(2) + 0.1
     for step in stage.steps():
         x = next(data).contiguous(memory_format=torch.channels_last)
         level = random.randrange(len(ladder.levels))
@@ -211,22 +226,24 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
             noise = torch.randn_like(z)
             terminal = torch.full((len(z),), last)
             guess = unet(noise, terminal, None, local_features=local).sample.float()
-            loss, features = picture_loss(distance, vae.decode(guess).sample, x, 0.12)
-        latent = torch.stack([(weight * (y.float() - z).pow(2)).mean() for y in estimates]).mean()
-        loss = loss + 0.05 * latent + 0.1 * commitment / len(estimates)
-        figures: dict[str, Tensor] = {f"f{level + 1}": features, "latent": latent}
-        if step % 2 == 0:
+            picture, measured = picture_loss(distance, vae.decode(guess).sample, x)
+        figures = {f"{name}{level + 1}": value for name, value in measured.items()}
+        errors = [latent_error(y, z, deviation) for y in estimates]
+        figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
+        loss = picture + 0.2 * torch.stack(errors).sum() + 0.2 * commitment
+        if step % 4 == 0:
             t = torch.randint(0, last + 1, (len(z),))
             with autocast():
                 noisy = scheduler.add_noise(z, noise, t)
-                denoised = unet(noisy, t, None, local_features=local.detach()).sample.float()
-            figures["diffusion"] = (weight * (denoised - z).pow(2)).mean()
-            loss = loss + 0.2 * figures["diffusion"]
-        if step % 4 == 1:
+                denoised = unet(noisy, t, None, local_features=local.detach()).sample
+            figures["diffusion"] = latent_error(denoised, z, deviation)
+            loss = loss + 0.4 * figures["diffusion"]
+        if step % 4 == 2:
             with autocast():
-                preview, figures[f"p{level + 1}"] = picture_loss(distance, vae.decode(estimates[-1]).sample, x, 0.12)
+                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x)
+            figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
-        stage.update(loss, commitment=commitment, **figures)
+        stage.update(loss, commitment=commitment / len(errors), **figures)
 
 
 def export(run: Path, folder: Path, keep: int) -> None:
@@ -282,7 +299,7 @@ def _open(folder: Path, run: Path, limit: int | None) -> list[Any]:
 
 @_stage("autoencoder", 15)
 def _autoencoder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
-    train_autoencoder(run, _open(folder, run, limit), minutes, side=160, size=12)
+    train_autoencoder(run, _open(folder, run, limit), minutes, side=176, size=10)
 
 
 @_stage("ladder", 12)
@@ -291,8 +308,9 @@ def _ladder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
 
 
 @_stage("joint", 80)
-def _joint(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
-    train_joint(run, _open(folder, run, limit), minutes, side=192, size=8)
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder: its decoder and U-Net.")
+def _joint(folder: Path, run: Path, minutes: float, limit: int | None, start: Path | None) -> None:
+    train_joint(run, _open(folder, run, limit), minutes, side=192, size=8, start=start)
 
 
 @main.command("export")

@@ -88,7 +88,7 @@ class Stage:
                 group["lr"] = rate * group["pace"]
             yield self.step
             self.step += 1
-            self.spent += time.monotonic() - start
+            self.spent += min(time.monotonic() - start, 10.0)  # a run may be suspended: that is not its time
             if self.step % 20 == 0:
                 means = " ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in self.figures.items())
                 with self.log.open("a") as log:
