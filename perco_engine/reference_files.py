@@ -95,13 +95,13 @@ def reference_cdf(codebook_size: int) -> CDF:
     """The CDF that the reference codes with: the integers that torchac makes of a float32 sum of 1 / codebook_size.
 
     torch sums up in float64 and rounds each sum to float32; torchac multiplies by 65536 - codebook_size, rounds half to
-    even, and adds the symbol, so that none has probability 0.  The sums are exact (24 bits, up to 2**14 times), and what
-    follows are single IEEE operations on each entry, so these are the same integers on every machine.  For powers of
-    two they equal `entropy.uniform_cdf`, for 8196 they do not.
+    even, and adds the symbol, so that none has probability 0.  The sums are exact (24 bits, up to 2**14 times), and the
+    rest is single IEEE operations on each entry, so these are the same integers on every machine.  For powers of two
+    they equal `entropy.uniform_cdf`, for 8196 they do not.
     """
     symbols = np.arange(codebook_size + 1)
     cumulative = (symbols * np.float64(np.float32(1 / codebook_size))).astype(np.float32)
-    scaled = np.rint(cumulative * np.float32((1 << entropy.PRECISION_BITS) - codebook_size))
+    scaled: NDArray[np.float32] = np.rint(cumulative * np.float32((1 << entropy.PRECISION_BITS) - codebook_size))
     return (scaled.astype(np.int64) + symbols).astype(np.int32)
 
 

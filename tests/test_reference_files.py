@@ -168,7 +168,9 @@ REARRANGED = {
     "8 bytes of length": (RED_BARN.replace(b"C\x14", b"\x8e\x14" + bytes(7)), NotAReferenceFile, "no bytes object"),
     "length beyond the end": (RED_BARN.replace(b"C\x14", b"B\xff\xff\xff\xff"), TruncatedFile, "4294967295 bytes"),
     "long opcode for a small integer": (
-        LITERAL.replace(b"K\x10K\x10", b"M\x10\0K\x10"), NotAReferenceFile, "not 94",
+        LITERAL.replace(b"\x51", b"\x52", 1).replace(
+            bytes.fromhex("12 800495 07 00000000000000 4B10"), bytes.fromhex("13 800495 08 00000000000000 4D1000")
+        ), NotAReferenceFile, "integer 16 has the opcode",
     ),
     "a size of three": (written(compressed(""), b"@", (64, 64, 64)), NotAReferenceFile, "from byte"),
     "a size in a list": (written(compressed(""), b"@", [64, 64]), NotAReferenceFile, "begins no integer"),
