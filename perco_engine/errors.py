@@ -3,6 +3,7 @@
     PercoError
     ├── BitstreamError            the bytes are not a file that this release can read
     │   ├── NotAPercoFile         wrong magic
+    │   ├── NotAReferenceFile     not what PerCo (SD) writes, so its pickle is not read
     │   ├── UnsupportedVersion    a format version that this release does not know
     │   ├── UnsupportedChunk      a required chunk of an unknown kind or coding
     │   ├── TruncatedFile         the bytes end too early
@@ -31,6 +32,10 @@ class BitstreamError(PercoError):
 
 class NotAPercoFile(BitstreamError):
     """The file does not begin with the magic of the format."""
+
+
+class NotAReferenceFile(BitstreamError):
+    """The bytes are not a file as the reference implementation, PerCo (SD), writes it."""
 
 
 class UnsupportedVersion(BitstreamError):

@@ -127,6 +127,26 @@ def info(file: Path, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<16} {value if value not in ('', None) else '-'}")
 
 
+@main.command("convert-reference")
+@click.argument("source", type=INPUT)
+@click.argument("target", type=OUTPUT)
+@click.option("--bpp", type=float, help="The rate that SOURCE was written at, where its size alone does not tell.")
+def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
+    """Convert SOURCE, a file of the reference implementation PerCo (SD), to the .perco file TARGET.
+
+    Nothing in SOURCE is executed: any other pickle than such a file is refused.
+    """
+    from perco_engine import reference_files, weights
+    from perco_engine.codes import ModelReference
+
+    model = ModelReference(next(spec.registry_id for spec in weights.REGISTRY if spec.name == "perco-sd"))
+    with source.open("rb") as file:
+        data = file.read(reference_files.MAX_FILE_BYTES + 1)
+    converted = reference_files.convert(data, model, bpp)
+    pillow_perco.write_beside(target, converted)
+    click.echo(f"{target}: {len(converted)} bytes, the reference's file has {len(data)}")
+
+
 @main.command()
 @click.option("--photo", type=INPUT, default=DEMO_PHOTO, help="Another photo than the one that is shipped.")
 @click.option(
