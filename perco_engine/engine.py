@@ -6,7 +6,6 @@ decode   bytes -> container.unpack -> Codes -> PercoPipeline -> images
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
@@ -16,7 +15,12 @@ import torch
 from PIL import Image
 
 from . import bitstream, pixels, rates, weights
+from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
+from .devices import best_device as best_device
+from .devices import best_dtype as best_dtype
+from .devices import cache as cache
+from .devices import weights_bytes
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
@@ -39,6 +43,7 @@ class EncodeOptions(TypedDict, total=False):
     bpp: float | None
     max_bytes: int | None
     caption: str | None
+    captioner: str | os.PathLike[str] | Captioner | None
     seed: int | None
     best_of: int
     alpha: bool
@@ -78,7 +83,7 @@ class Engine:
         modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         for module in modules:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.size_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        self.size_bytes = weights_bytes(*modules)
         self._lock = threading.Lock()
 
     @property
@@ -106,6 +111,7 @@ class Engine:
         bpp: float | None = None,
         max_bytes: int | None = None,
         caption: str | None = None,
+        captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
         best_of: int = 1,
         alpha: bool = True,
@@ -116,14 +122,17 @@ class Engine:
         bpp: nominal bits a pixel of the hyper-latent; the nearest rate point is taken (default: 0.03, or whatever is
             best within max_bytes).
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
-        caption: text stored with the picture, at most 4096 bytes of UTF-8; None or "": none.
+        caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
+        captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
+            runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
         metadata: EXIF, ICC and XMP blocks, stored as they are.
 
-        Raises ValueError for values outside of these, and BudgetTooSmall (a ValueError) if nothing fits.
+        Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, and
+        ModelUnavailable or InvalidModel for the captioner.
         """
         points = self.rate_points
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
@@ -138,6 +147,10 @@ class Engine:
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
+        if caption is None:
+            captions = caption_pictures(get_captioner(captioner, self.device), images)
+        else:
+            captions = [caption] * len(images)
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self._lock, torch.inference_mode():
@@ -146,14 +159,14 @@ class Engine:
             for row, k in enumerate(group):
                 grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
         files = []
-        for image, indices in zip(images, grids, strict=True):
+        for image, indices, text in zip(images, grids, captions, strict=True):
             codes = Codes(
                 model=self.reference,
                 width_px=image.width,
                 height_px=image.height,
                 rate_point=level,
                 indices=indices,
-                caption=caption or "",
+                caption=text,
                 seed=DEFAULT_SEED if seed is None else seed,
                 alpha=pixels.alpha_mask(image) if alpha else None,
                 metadata=metadata or Metadata(),
@@ -318,56 +331,6 @@ def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.
     return image
 
 
-def best_device() -> torch.device:
-    """CUDA or MPS where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 or fp16 on a GPU, float32 elsewhere."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if device.type == "mps" else torch.float32
-
-
-class EngineCache:
-    """Loaded engines, at most `budget_bytes` of weights; the one that was not used for longest goes first."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self._engines: OrderedDict[tuple[str, str, str], Engine] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> Engine:
-        """The engine for this model, device and dtype, loaded on first use."""
-        key = (str(model.folder.resolve()), str(device), str(dtype))
-        with self._lock:
-            if key not in self._engines:
-                self._engines[key] = Engine(model, device, dtype)
-            self._engines.move_to_end(key)
-            while len(self._engines) > 1 and self.size_bytes > self.budget_bytes:
-                self._engines.popitem(last=False)
-            return self._engines[key]
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the weights of all loaded engines take."""
-        return sum(engine.size_bytes for engine in self._engines.values())
-
-    def clear(self) -> None:
-        """Forgets every engine; those in use go when their last user is done."""
-        with self._lock:
-            self._engines.clear()
-
-
-cache = EngineCache(int(os.environ.get("PERCO_MEMORY_BUDGET", 16 << 30)))
-"""The process-wide cache.  PERCO_MEMORY_BUDGET is its limit in bytes of weights (default 16 GiB)."""
-
-
 def get_engine(
     model: str | os.PathLike[str] = "embedded",
     device: str | torch.device | None = None,
@@ -379,7 +342,9 @@ def get_engine(
     Raises ModelUnavailable, InvalidModel.
     """
     chosen = torch.device(device) if device is not None else best_device()
-    return cache.get(weights.find(model), chosen, dtype or best_dtype(chosen))
+    found, precision = weights.find(model), dtype or best_dtype(chosen)
+    key = str(found.folder.resolve()), str(chosen), str(precision)
+    return cache.get(key, lambda: Engine(found, chosen, precision))
 
 
 def get_engine_for(model: ModelReference, device: str | torch.device | None = None) -> Engine:

@@ -166,6 +166,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
             bpp=options.get("bpp"),
             max_bytes=options.get("max_bytes"),
             caption=options.get("caption"),
+            captioner=options.get("captioner"),
             seed=options.get("seed"),
             best_of=options.get("best_of", 1),
             alpha=options.get("alpha") is not False,

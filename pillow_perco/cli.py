@@ -51,6 +51,9 @@ def read_photo(path: Path) -> Image.Image:
 )
 @click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")
+@click.option(
+    "--captioner", metavar="MODEL", help="Without --caption: the model (blip2, a name, a folder) to write it."
+)
 @click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
 @click.option(
     "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."

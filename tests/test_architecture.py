@@ -63,9 +63,17 @@ def test_the_lowest_layer_imports_next_to_nothing(name: str) -> None:
     assert not ours
 
 
-@pytest.mark.parametrize("name", ["engine", "pipeline", "pixels", "weights", "torchac_backend"])
+@pytest.mark.parametrize("name", ["engine", "pipeline", "pixels", "weights", "captioner", "devices", "torchac_backend"])
 def test_nothing_imports_training_or_evaluation(name: str) -> None:
     assert not {n for n in imports(ENGINE / f"{name}.py") if "training" in n or "evaluation" in n}
+
+
+def test_only_the_captioner_knows_caption_models_and_only_when_it_is_used() -> None:
+    def knows(path: Path, **options: bool) -> bool:
+        return any("Blip2For" in name or "ImageTextToText" in name for name in imports(path, **options))
+
+    assert [path.name for path in files(ENGINE, PLUGIN) if knows(path)] == ["captioner.py"]
+    assert not knows(ENGINE / "captioner.py", top_level_only=True)
 
 
 def test_no_module_has_two_ideas_in_it() -> None:

@@ -1,5 +1,6 @@
 """The engine: batches, limits, the cache, and what it says when something is wrong."""
 
+import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from PIL import Image
 
 from perco_engine import bitstream, get_engine, weights
 from perco_engine.bitstream.header import checksum
-from perco_engine.engine import EngineCache, best_device, best_dtype
+from perco_engine.devices import WeightsCache, best_device, best_dtype
+from perco_engine.engine import Engine
 from perco_engine.errors import (
     BudgetTooSmall,
     InvalidModel,
@@ -142,13 +144,11 @@ def test_opacity_grows_coarser_before_the_picture_is_given_up(photo: Image.Image
 
 
 def test_engines_are_loaded_once_even_from_several_threads(tiny_model: Path) -> None:
-    cache = EngineCache(budget_bytes=1 << 30)
+    cache = WeightsCache(budget_bytes=1 << 30)
     found: list[object] = []
     model = weights.find(tiny_model)
-    threads = [
-        threading.Thread(target=lambda: found.append(cache.get(model, torch.device("cpu"), torch.float32)))
-        for _ in range(4)
-    ]
+    load = functools.partial(Engine, model, torch.device("cpu"), torch.float32)
+    threads = [threading.Thread(target=lambda: found.append(cache.get("tiny", load))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -159,15 +159,36 @@ def test_engines_are_loaded_once_even_from_several_threads(tiny_model: Path) -> 
 
 def test_the_engine_that_was_not_used_for_longest_goes_first(tiny_model: Path) -> None:
     model, cpu = weights.find(tiny_model), torch.device("cpu")
-    cache = EngineCache(budget_bytes=0)
-    first = cache.get(model, cpu, torch.float32)
+    cache = WeightsCache(budget_bytes=0)
+    first = cache.get("first", lambda: Engine(model, cpu, torch.float32))
     size = first.size_bytes
     cache.budget_bytes = size
-    second = cache.get(model, cpu, torch.bfloat16)
+    second = cache.get("second", lambda: Engine(model, cpu, torch.bfloat16))
     assert cache.size_bytes == second.size_bytes
-    assert cache.get(model, cpu, torch.float32) is not first
+    assert cache.get("first", lambda: Engine(model, cpu, torch.float32)) is not first
     cache.clear()
     assert cache.size_bytes == 0
+
+
+def test_a_model_that_takes_long_to_load_keeps_nobody_waiting(tiny_model: Path) -> None:
+    cache, started, finish = WeightsCache(budget_bytes=1 << 30), threading.Event(), threading.Event()
+    engine = get_engine(tiny_model)
+
+    def load_slowly() -> Engine:
+        started.set()
+        assert finish.wait(10)
+        return engine
+
+    slow = threading.Thread(target=lambda: cache.get("slow", load_slowly))
+    slow.start()
+    assert started.wait(10)
+    assert cache.get("fast", lambda: engine) is engine and cache.size_bytes == engine.size_bytes
+    finish.set()
+    slow.join()
+    assert cache.size_bytes == 2 * engine.size_bytes
+    cache.drop("slow")
+    cache.drop("never there")
+    assert cache.size_bytes == engine.size_bytes
 
 
 def test_bf16_shows_the_same_picture(photo: Image.Image) -> None:

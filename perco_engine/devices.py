@@ -1,0 +1,86 @@
+"""Where networks go: which device, in which dtype, and how much memory one process keeps filled with weights."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+
+def best_device() -> torch.device:
+    """CUDA or MPS where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 or fp16 on a GPU, float32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def weights_bytes(*modules: torch.nn.Module) -> int:
+    """Memory that the weights of these networks take."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+class Loaded(Protocol):
+    """What a WeightsCache holds: a loaded model.  size_bytes: memory of its weights."""
+
+    size_bytes: int
+
+
+T = TypeVar("T", bound=Loaded)
+
+
+class WeightsCache:
+    """Loaded models, at most `budget_bytes` of weights; the one that was not used for longest goes first.
+
+    The one that was asked for last stays, whatever it takes.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._models: OrderedDict[Hashable, Loaded] = OrderedDict()
+        self._loading: dict[Hashable, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, load: Callable[[], T]) -> T:
+        """The model with this key, which `load` loads on first use; meanwhile other keys are not kept waiting."""
+        with self._lock:
+            loading = self._loading.setdefault(key, threading.Lock())
+        with loading:
+            with self._lock:
+                found: Any = self._models.get(key)
+            model: T = load() if found is None else found
+            with self._lock:
+                self._models[key] = model
+                self._models.move_to_end(key)
+                while len(self._models) > 1 and self.size_bytes > self.budget_bytes:
+                    self._models.popitem(last=False)
+        return model
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the weights of all loaded models take."""
+        return sum(model.size_bytes for model in self._models.values())
+
+    def drop(self, key: Hashable) -> None:
+        """Forgets the model with this key, if there is one; whoever uses it may finish."""
+        with self._lock:
+            self._models.pop(key, None)
+
+    def clear(self) -> None:
+        """Forgets every model; those in use go when their last user is done."""
+        with self._lock:
+            self._models.clear()
+
+
+cache = WeightsCache(int(os.environ.get("PERCO_MEMORY_BUDGET", 16 << 30)))
+"""The process-wide cache.  PERCO_MEMORY_BUDGET is its limit in bytes of weights (default 16 GiB)."""
