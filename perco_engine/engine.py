@@ -17,6 +17,7 @@ from PIL import Image
 from . import bitstream, pixels, rates, weights
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .memory import Placement, explained
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
@@ -65,15 +66,18 @@ class Engine:
     model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
     """
 
-    def __init__(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None
+    ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
-        self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype).to(device)
+        self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
         modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         for module in modules:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size_bytes = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        (placement or Placement()).put(self.pipeline, device)
         self._lock = threading.Lock()
 
     @property
@@ -128,7 +132,7 @@ class Engine:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
-            with self._lock, torch.inference_mode():
+            with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
                 batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
                 encoded = self.pipeline.encode_image(batch, level)
             for row, k in enumerate(group):
@@ -238,24 +242,22 @@ class Engine:
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
         first = jobs[0]
-        with self._lock, torch.inference_mode():
+        doing = "decode" if first.reduction == 1 else "preview"
+        with self._lock, explained(doing, self.pipeline, len(jobs), (first.codes.width_px, first.codes.height_px)):
             indices = tuple(
                 torch.stack([torch.from_numpy(job.codes.indices[k]) for job in jobs]).to(self.device)
                 for k in range(len(first.codes.indices))
             )
             size = first.codes.height_px, first.codes.width_px
+            options: dict[str, Any] = {
+                "prompt": [job.codes.caption for job in jobs],
+                "generator": [torch.Generator().manual_seed(job.seed) for job in jobs],
+                "num_inference_steps": steps,
+                "guidance_scale": guidance_scale,
+            }
             if first.reduction > 1:
-                return pixels.to_images(self.pipeline.decode_preview(indices, *size, first.reduction))
-            output = self.pipeline.decode_indices(
-                indices,
-                *size,
-                prompt=[job.codes.caption for job in jobs],
-                generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                output_type="pt",
-            )
-            return pixels.to_images(output)
+                return pixels.to_images(self.pipeline.decode_preview(indices, *size, first.reduction, **options))
+            return pixels.to_images(self.pipeline.decode_indices(indices, *size, **options, output_type="pt"))
 
 
 def _groups(sizes: list[tuple[int, int]], keys: list[Any] | None = None) -> list[list[int]]:
@@ -311,15 +313,17 @@ class EngineCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._engines: OrderedDict[tuple[str, str, str], Engine] = OrderedDict()
+        self._engines: OrderedDict[tuple[object, ...], Engine] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> Engine:
-        """The engine for this model, device and dtype, loaded on first use."""
-        key = (str(model.folder.resolve()), str(device), str(dtype))
+    def get(
+        self, model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None
+    ) -> Engine:
+        """The engine for this model, device, dtype and placement, loaded on first use."""
+        key = (str(model.folder.resolve()), str(device), str(dtype), placement or Placement())
         with self._lock:
             if key not in self._engines:
-                self._engines[key] = Engine(model, device, dtype)
+                self._engines[key] = Engine(model, device, dtype, placement)
             self._engines.move_to_end(key)
             while len(self._engines) > 1 and self.size_bytes > self.budget_bytes:
                 self._engines.popitem(last=False)
@@ -344,14 +348,18 @@ def get_engine(
     model: str | os.PathLike[str] = "embedded",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    compile: bool = False,  # noqa: A002
+    offload: bool | None = None,
 ) -> Engine:
     """The engine for a model (a registered name or a folder), loaded once per process and kept.
 
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
-    Raises ModelUnavailable, InvalidModel.
+    compile, offload: see `perco_engine.memory.Placement`.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
     """
     chosen = torch.device(device) if device is not None else best_device()
-    return cache.get(weights.find(model), chosen, dtype or best_dtype(chosen))
+    return cache.get(weights.find(model), chosen, dtype or best_dtype(chosen), Placement(compile, offload))
 
 
 def get_engine_for(model: ModelReference, device: str | torch.device | None = None) -> Engine:

@@ -14,6 +14,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
+ATTENTION_TILE = 96
+"""Latents a side of a tile for networks with attention: 768 pixels, what Stable Diffusion 2.1 was trained on."""
+
+CONVOLUTION_TILE = 512
+"""Latents a side of a tile for a U-Net without attention, which needs tiles for the sake of memory alone."""
+
+OVERLAP = 32
+"""Latents that neighbouring tiles share at least."""
+
+LATENTS_AT_ONCE = 8 * ATTENTION_TILE**2
+"""Latents that go through the U-Net together when there are tiles: four of them, with and without text."""
+
 
 class LatentTiles:
     """Tiles of equal size that cover a grid of rows x columns latents.

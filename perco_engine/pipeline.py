@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,25 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .errors import InvalidModel, ModelUnavailable
-from .latent_tiles import LatentTiles
+from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
 from .model_folder import COMPONENT_CLASSES, is_null, load_component, progress_bars_off, read_json
 from .models.autoencoder import PatchAutoencoder
 from .prompts import PromptEmbeddings
 
 VAE_FACTOR = 8
 """Pixels a side of one latent."""
-
-ATTENTION_TILE = 96
-"""Latents a side of a tile for networks with attention: 768 pixels, what Stable Diffusion 2.1 was trained on."""
-
-CONVOLUTION_TILE = 512
-"""Latents a side of a tile for a U-Net without attention, which needs tiles for the sake of memory alone."""
-
-OVERLAP = 32
-"""Latents that neighbouring tiles share at least."""
-
-LATENTS_AT_ONCE = 8 * ATTENTION_TILE**2
-"""Latents that go through the U-Net together when there are tiles: four of them, with and without text."""
 
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale")
 """What model_index.json says besides the components."""
@@ -177,7 +164,8 @@ class PercoPipeline(DiffusionPipeline):
         else:
             tiles = LatentTiles(rows, columns, self.vae_tile_latents, self.overlap_latents)
             latents = tiles.blend(lambda tile: self.vae.encode(tile).latent_dist.mean, image)
-        return latents * self.vae.config.scaling_factor
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, level: int | None = None) -> tuple[Tensor, ...]:
@@ -221,11 +209,14 @@ class PercoPipeline(DiffusionPipeline):
         return self(local_features=features, height=height, width=width, **options).images
 
     @torch.no_grad()
-    def decode_preview(self, indices: Sequence[Tensor], height: int, width: int, reduction: int) -> Tensor:
+    def decode_preview(
+        self, indices: Sequence[Tensor], height: int, width: int, reduction: int, **options: Any
+    ) -> Tensor:
         """Indices to small pictures by the shortest way: the estimate in the local features, without the U-Net.
 
         reduction: 2, 4 or 8.  Returns (b, 3, ceil(height/reduction), ceil(width/reduction)) float32 in 0..1.
-        Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded and reduced.
+        Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded, with the options
+        of a call, and reduced.
         """
         if getattr(self.unet.config, "add_local_features", False) and hasattr(self.vae, "decode_preview"):
             features = self.local_features(indices, height, width)
@@ -234,7 +225,7 @@ class PercoPipeline(DiffusionPipeline):
             small = sample[..., : -(-height // reduction), : -(-width // reduction)]
             preview: Tensor = (small / 2 + 0.5).clamp(0, 1)
             return preview
-        whole = self.decode_indices(indices, height, width, output_type="pt")
+        whole = self.decode_indices(indices, height, width, **options, output_type="pt")
         reduced: Tensor = F.avg_pool2d(whole, reduction, ceil_mode=True, count_include_pad=False)
         return reduced
 
@@ -301,9 +292,11 @@ class PercoPipeline(DiffusionPipeline):
             guided = text is not None and scale > 1
             without_text = self.encode_prompt([""] * batch_size) if guided else None
             latents = self.denoise(noise, local_features, text, without_text, steps, scale)
-        images = latents if output_type == "latent" else self.decode_latents(latents, height, width)
+        images: Any = latents
+        if output_type != "latent":
+            images = to_output(self.decode_latents(latents, height, width), output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images if output_type == "latent" else to_output(images, output_type))
+        return ImagePipelineOutput(images=images)
 
     @torch.no_grad()
     def denoise(
@@ -327,26 +320,34 @@ class PercoPipeline(DiffusionPipeline):
             local_features = torch.cat([local_features, local_features])
         scheduler = copy.deepcopy(self.scheduler)  # it keeps the state of one walk
         scheduler.set_timesteps(steps, device=device)
-        multiple = self.padding_multiple_px // VAE_FACTOR
-        tiles = LatentTiles(noise.shape[-2], noise.shape[-1], self.tile_latents, self.overlap_latents, multiple)
-        at_once = max(1, LATENTS_AT_ONCE // (len(local_features) * tiles.height * tiles.width))
-
-        def predict(timestep: Tensor, sample: Tensor, features: Tensor) -> Tensor:
-            repeated = None if text is None else text.repeat(len(sample) // len(text), 1, 1)
-            prediction: Tensor = self.unet(sample, timestep, repeated, local_features=features).sample
-            return prediction.float()
-
         # The latents stay in float32 between the steps, so that a half-precision U-Net does not round them each time.
         latents: Tensor = noise.to(device, torch.float32) * scheduler.init_noise_sigma
         for timestep in self.progress_bar(scheduler.timesteps):
             sample = torch.cat([latents, latents]) if guided else latents
             sample = scheduler.scale_model_input(sample, timestep).to(dtype)
-            prediction = tiles.blend(partial(predict, timestep), sample, local_features, at_once=at_once)
+            prediction = self.predict(sample, timestep, local_features, text)
             if guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         return latents
+
+    @torch.no_grad()
+    def predict(self, sample: Tensor, timestep: Tensor, local_features: Tensor, text: Tensor | None) -> Tensor:
+        """What the U-Net says of noisy latents (b, c, rows, columns), float32, in tiles where they are large.
+
+        The arguments are the U-Net's own, the text embeddings b or none.
+        """
+        multiple = self.padding_multiple_px // VAE_FACTOR
+        tiles = LatentTiles(sample.shape[-2], sample.shape[-1], self.tile_latents, self.overlap_latents, multiple)
+        at_once = max(1, LATENTS_AT_ONCE // (len(sample) * tiles.height * tiles.width))
+
+        def one(sample: Tensor, features: Tensor) -> Tensor:
+            repeated = None if text is None else text.repeat(len(sample) // len(text), 1, 1)
+            prediction: Tensor = self.unet(sample, timestep, repeated, local_features=features).sample
+            return prediction.float()
+
+        return tiles.blend(one, sample, local_features, at_once=at_once)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
