@@ -95,8 +95,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: Python's own, or torch's on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)  # on the CPU and on MPS torch has no class for it
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    # On the CPU, on MPS, and in CUDA's libraries torch has no class for it.
+    signs = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def explained(doing: str, pipeline: PercoPipeline, count: int, size: tuple[int, int]) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ KEPT = 64
 class PromptEmbeddings:
     """Text embeddings by caption; those that were not used for longest go first, the empty caption never.
 
-    text_encoder, tokenizer: CLIP's.
+    text_encoder, tokenizer: CLIP's, whose weights must not change any more.
     """
 
     def __init__(self, text_encoder: Any, tokenizer: Any) -> None:
