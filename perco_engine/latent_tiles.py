@@ -1,11 +1,13 @@
 """Overlapping tiles of a picture's latents, each computed alone and blended into one.
 
-A U-Net with attention is at home at the size that it was trained on, and its memory grows with the square of the
-latents.  Large pictures therefore go through it in tiles, and in every denoising step the predictions of all tiles are
-averaged, with weights that fall towards the tiles' borders, so that the scheduler steps once, on the whole picture:
-what two tiles share, they agree on, and no seam grows.  The autoencoder's tiles are blended the same way.
+A U-Net with attention is at home at the size that it was trained on, its work grows with the square of the latents,
+and its memory with every one of them.  Large pictures therefore go through it in tiles, and in every denoising step the
+predictions of all tiles are averaged, with weights that fall towards the tiles' borders, so that the scheduler steps
+once, on the whole picture: what two tiles share, they agree on, and no seam grows.  The autoencoder's tiles are blended
+the same way.
 
-Source: MultiDiffusion, Bar-Tal et al., ICML 2023, eq. 5, whose weights here are products of two ramps.
+Source: MultiDiffusion, Bar-Tal et al., ICML 2023 (arXiv 2302.08113), with weights that are products of two ramps; it
+averages the latents after the step, which for a step that is linear in the prediction is the same.
 """
 
 from collections.abc import Callable

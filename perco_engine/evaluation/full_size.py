@@ -178,6 +178,7 @@ def measure(
         start = now
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     for run in range(warm_up + times):
         if run == warm_up:
@@ -201,7 +202,7 @@ def peak(device: torch.device) -> float:
 
 
 def estimate(pipeline: PercoPipeline, size: tuple[int, int], batch: int) -> dict[str, Any]:
-    """GiB of the weights, and of the tensors of each part, for a pipeline of fake tensors."""
+    """GiB of the weights, and of the tensors of each part (the hyper-encoder's are few), for fake tensors."""
     width, height = size
     weights = [tensor for network in networks(pipeline) for tensor in (*network.parameters(), *network.buffers())]
     held = sum(weight.nbytes for weight in weights)
@@ -226,7 +227,10 @@ def estimate(pipeline: PercoPipeline, size: tuple[int, int], batch: int) -> dict
 
 @torch.no_grad()
 def parity(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """How far numbers on the device are from those of float32 on the CPU: largest difference over the deviation."""
+    """How far numbers on the device are from those of float32 on the CPU: largest difference over the deviation.
+
+    Nothing is set for it, so that float32 on a GPU is what torch makes of it there (by default TF32 in convolutions).
+    """
     pipeline = build(architecture, torch.device("cpu"), torch.float32)
     sample, text = draw_noise((1, 4, 32, 32)), embed(pipeline, 1)
     features = draw_noise((1, pipeline.unet.config.local_features_channels, 4, 4))
@@ -249,7 +253,7 @@ def parity(architecture: Architecture, device: torch.device, dtype: torch.dtype)
 
 
 def size(text: str) -> tuple[int, int]:
-    """ "768x512" as (768, 512).  Raises ValueError for what is no size of a picture."""
+    """Width and height of a size that is written as 768x512.  Raises ValueError for what is none."""
     width, height = (int(side) for side in text.split("x"))
     if min(width, height) < 1:
         raise ValueError(text)
