@@ -25,9 +25,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
-def weights_bytes(*modules: torch.nn.Module) -> int:
+def weights_bytes(*networks: torch.nn.Module) -> int:
     """Memory that the weights of these networks take."""
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return sum(weight.nbytes for network in networks for weight in network.parameters())
 
 
 class Loaded(Protocol):

@@ -17,11 +17,9 @@ from PIL import Image
 from . import bitstream, pixels, rates, weights
 from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
-from .devices import best_device as best_device
-from .devices import best_dtype as best_dtype
-from .devices import cache as cache
-from .devices import weights_bytes
+from .devices import best_device, best_dtype, cache, weights_bytes
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .memory import Placement, explained
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
@@ -75,15 +73,18 @@ class Engine:
     model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
     """
 
-    def __init__(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None
+    ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
-        self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype).to(device)
-        modules = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        for module in modules:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.size_bytes = weights_bytes(*modules)
+        self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
+        networks = self.pipeline.networks.values()
+        for network in networks:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.size_bytes = weights_bytes(*networks)
+        (placement or Placement()).put(self.pipeline, device)
         self._lock = threading.Lock()
 
     @property
@@ -153,7 +154,7 @@ class Engine:
             captions = [caption] * len(images)
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
-            with self._lock, torch.inference_mode():
+            with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
                 batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
                 encoded = self.pipeline.encode_image(batch, level)
             for row, k in enumerate(group):
@@ -279,24 +280,22 @@ class Engine:
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
         first = jobs[0]
-        with self._lock, torch.inference_mode():
+        doing = "decode" if first.reduction == 1 else "preview"
+        with self._lock, explained(doing, self.pipeline, len(jobs), (first.codes.width_px, first.codes.height_px)):
             indices = tuple(
                 torch.stack([torch.from_numpy(job.codes.indices[k]) for job in jobs]).to(self.device)
                 for k in range(len(first.codes.indices))
             )
             size = first.codes.height_px, first.codes.width_px
+            options: dict[str, Any] = {
+                "prompt": [job.codes.caption for job in jobs],
+                "generator": [torch.Generator().manual_seed(job.seed) for job in jobs],
+                "num_inference_steps": steps,
+                "guidance_scale": guidance_scale,
+            }
             if first.reduction > 1:
-                return pixels.to_images(self.pipeline.decode_preview(indices, *size, first.reduction))
-            output = self.pipeline.decode_indices(
-                indices,
-                *size,
-                prompt=[job.codes.caption for job in jobs],
-                generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                output_type="pt",
-            )
-            return pixels.to_images(output)
+                return pixels.to_images(self.pipeline.decode_preview(indices, *size, first.reduction, **options))
+            return pixels.to_images(self.pipeline.decode_indices(indices, *size, **options, output_type="pt"))
 
 
 def _groups(sizes: list[tuple[int, int]], keys: list[Any] | None = None) -> list[list[int]]:
@@ -335,16 +334,24 @@ def get_engine(
     model: str | os.PathLike[str] = "embedded",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    compile: bool = False,  # noqa: A002
+    offload: bool | None = None,
 ) -> Engine:
     """The engine for a model (a registered name or a folder), loaded once per process and kept.
 
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
-    Raises ModelUnavailable, InvalidModel.
+    compile, offload: see `perco_engine.memory.Placement`.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
     """
     chosen = torch.device(device) if device is not None else best_device()
-    found, precision = weights.find(model), dtype or best_dtype(chosen)
-    key = str(found.folder.resolve()), str(chosen), str(precision)
-    return cache.get(key, lambda: Engine(found, chosen, precision))
+    return load(weights.find(model), chosen, dtype or best_dtype(chosen), Placement(compile, offload))
+
+
+def load(model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None) -> Engine:
+    """The engine for this model, device, dtype and placement, from the process-wide cache."""
+    key = str(model.folder.resolve()), model.fingerprint, str(device), str(dtype), placement or Placement()
+    return cache.get(key, lambda: Engine(model, device, dtype, placement))
 
 
 def get_engine_for(model: ModelReference, device: str | torch.device | None = None) -> Engine:

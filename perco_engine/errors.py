@@ -16,6 +16,8 @@
     │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
     │   └── UnsupportedRatePoint  the model does not offer this rate point
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
+    ├── NotEnoughMemory           the device has too little memory for the picture or the model
+    ├── OffloadUnavailable        offload was asked for and accelerate is not installed
     └── CoderUnavailable          torchac's extension was asked for and is not built
 
 Each message says what is wrong and, where there is something to do, what to do.
@@ -84,6 +86,14 @@ class UnsupportedRatePoint(ModelError):
 
 class BudgetTooSmall(PercoError, ValueError):
     """Not even the lowest rate point fits into the bytes that were allowed."""
+
+
+class NotEnoughMemory(PercoError):
+    """Memory ran out while a model was loaded, or a picture encoded or decoded; the text says what takes less."""
+
+
+class OffloadUnavailable(PercoError):
+    """Offload of the networks was asked for, and the package that does it is not installed."""
 
 
 class CoderUnavailable(PercoError):

@@ -2,11 +2,15 @@
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import is_accelerate_available
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from .errors import InvalidModel
 
@@ -98,3 +102,16 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
             some = ", ".join(str(key) for key in list(info[problem])[:3])
             raise InvalidModel(f"the weights in {path} do not fit its configuration: {problem} {some}")
     return component.eval()
+
+
+@contextmanager
+def progress_bars_off() -> Iterator[None]:
+    """Keeps diffusers and transformers from drawing progress bars while weights are read or written."""
+    drawing = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in drawing:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in drawing:
+            library.enable_progress_bar()

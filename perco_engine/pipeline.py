@@ -2,20 +2,21 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers.utils import logging as transformers_logging
 
 from .errors import InvalidModel, ModelUnavailable
-from .model_folder import COMPONENT_CLASSES, is_null, load_component, read_json
+from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
+from .model_folder import COMPONENT_CLASSES, is_null, load_component, progress_bars_off, read_json
+from .models.autoencoder import PatchAutoencoder
+from .prompts import PromptEmbeddings
 
 VAE_FACTOR = 8
 """Pixels a side of one latent."""
@@ -45,12 +46,20 @@ class PercoPipeline(DiffusionPipeline):
     (of the square that one index stands for, where the local features are coarser than the latents, so that the two
     grids stay aligned), and cropped after decoding.
 
+    Large pictures go through the U-Net in tiles that are blended in every step (latent_tiles.py), and through
+    AutoencoderKL in tiles and picture by picture, so that memory stays bounded.  Attributes, in latents a side:
+    tile_latents (of the U-Net: 96, or 512 where it has no attention), vae_tile_latents (of AutoencoderKL: 96; the
+    PatchAutoencoder cuts tiles of its own), overlap_latents (32).
+
     Raises ValueError for a text encoder without a tokenizer or the reverse, and for defaults out of range.
 
     Source: Careil et al., ICLR 2024 (arXiv 2310.10325), section 3; Körber et al., arXiv 2409.20255.
     """
 
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["hyper_enc"]  # small, and used by more than its forward
 
     def __init__(
         self,
@@ -80,6 +89,13 @@ class PercoPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
         )
         self.set_progress_bar_config(disable=True)
+        attends = any(isinstance(module, Attention) for module in unet.modules())
+        self.tile_latents = ATTENTION_TILE if attends else CONVOLUTION_TILE
+        self.vae_tile_latents = ATTENTION_TILE
+        self.overlap_latents = OVERLAP
+        if not isinstance(vae, PatchAutoencoder):
+            vae.enable_slicing()
+        self._embeddings = PromptEmbeddings(text_encoder, tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> Self:
@@ -116,6 +132,11 @@ class PercoPipeline(DiffusionPipeline):
             super().save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
 
     @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The components that have weights, by name."""
+        return {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+
+    @property
     def padding_multiple_px(self) -> int:
         """What the sides of a picture are padded to a multiple of, in pixels."""
         return VAE_FACTOR * int(getattr(self.hyper_enc, "downsampling_factor", 1))
@@ -142,11 +163,14 @@ class PercoPipeline(DiffusionPipeline):
         height, width = image.shape[-2:]
         rows, columns = self.latent_size(height, width)
         padding = (0, columns * VAE_FACTOR - width, 0, rows * VAE_FACTOR - height)
-        image = F.pad(image.to(self.vae.device, self.vae.dtype), padding, mode="replicate")
-        encoded = self.vae.encode(image)
-        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-        latents: Tensor = mean * self.vae.config.scaling_factor
-        return latents
+        image = F.pad(image.to(self._execution_device, self.vae.dtype), padding, mode="replicate")
+        if isinstance(self.vae, PatchAutoencoder):
+            latents: Tensor = self.vae.encode(image).latents
+        else:
+            tiles = LatentTiles(rows, columns, self.vae_tile_latents, self.overlap_latents)
+            latents = tiles.blend(lambda tile: self.vae.encode(tile).latent_dist.mean, image)
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, level: int | None = None) -> tuple[Tensor, ...]:
@@ -157,7 +181,8 @@ class PercoPipeline(DiffusionPipeline):
         Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
         """
         latents = self.encode_latents(image)
-        indices = self.hyper_enc(latents.to(self.hyper_enc.device, self.hyper_enc.dtype), level).indices
+        indices = self.hyper_enc(latents.to(self._execution_device, self.hyper_enc.dtype), level).indices
+        self.maybe_free_model_hooks()
         return indices if isinstance(indices, tuple) else (indices,)
 
     @torch.no_grad()
@@ -176,7 +201,7 @@ class PercoPipeline(DiffusionPipeline):
                 raise ValueError(f"a grid of codes has the shape {tuple(codes.shape[1:])} where {shape} is due")
             if codes.min() < 0 or codes.max() >= grid.codebook_size:
                 raise ValueError(f"a code is outside of its codebook of {grid.codebook_size}")
-        grids = tuple(codes.to(self.hyper_enc.device) for codes in indices)
+        grids = tuple(codes.to(self._execution_device) for codes in indices)
         features: Tensor = self.hyper_enc.local_features(grids, self.latent_size(height, width))
         return features
 
@@ -189,11 +214,14 @@ class PercoPipeline(DiffusionPipeline):
         return self(local_features=features, height=height, width=width, **options).images
 
     @torch.no_grad()
-    def decode_preview(self, indices: Sequence[Tensor], height: int, width: int, reduction: int) -> Tensor:
+    def decode_preview(
+        self, indices: Sequence[Tensor], height: int, width: int, reduction: int, **options: Any
+    ) -> Tensor:
         """Indices to small pictures by the shortest way: the estimate in the local features, without the U-Net.
 
         reduction: 2, 4 or 8.  Returns (b, 3, ceil(height/reduction), ceil(width/reduction)) float32 in 0..1.
-        Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded and reduced.
+        Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded, with the options
+        of a call, and reduced.
         """
         if getattr(self.unet.config, "add_local_features", False) and hasattr(self.vae, "decode_preview"):
             features = self.local_features(indices, height, width)
@@ -202,24 +230,13 @@ class PercoPipeline(DiffusionPipeline):
             small = sample[..., : -(-height // reduction), : -(-width // reduction)]
             preview: Tensor = (small / 2 + 0.5).clamp(0, 1)
             return preview
-        whole = self.decode_indices(indices, height, width, output_type="pt")
+        whole = self.decode_indices(indices, height, width, **options, output_type="pt")
         reduced: Tensor = F.avg_pool2d(whole, reduction, ceil_mode=True, count_include_pad=False)
         return reduced
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
-        """Captions to text embeddings (b, tokens, cross_attention_dim); what is over the token limit is cut off."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        # Stable Diffusion attends to the padding too, unless the configuration says otherwise.
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.text_encoder.device) if masked else None
-        embeddings: Tensor = self.text_encoder(tokens.input_ids.to(self.text_encoder.device), attention_mask=mask)[0]
-        return embeddings.to(self.unet.device, self.unet.dtype)
+        """Captions to text embeddings (b, tokens, cross_attention_dim), kept for the next call (prompts.py)."""
+        return self._embeddings(prompts, self._execution_device).to(self.unet.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -270,50 +287,83 @@ class PercoPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
 
-        local_features = local_features.to(self.unet.device, self.unet.dtype)
+        local_features = local_features.to(self._execution_device, self.unet.dtype)
         if steps == 0:
             estimate = local_features[:, : self.unet.config.out_channels]
             latents = F.interpolate(estimate, size=shape[-2:], mode="nearest")
         else:
             noise = draw_noise(shape, generator) if latents is None else latents
-            latents = self.denoise(noise, local_features, prompts, steps, scale)
-        if output_type == "latent":
-            return ImagePipelineOutput(images=latents)
-        return ImagePipelineOutput(images=to_output(self.decode_latents(latents, height, width), output_type))
+            text = None if self.text_encoder is None else self.encode_prompt(prompts)
+            guided = text is not None and scale > 1
+            without_text = self.encode_prompt([""] * batch_size) if guided else None
+            latents = self.denoise(noise, local_features, text, without_text, steps, scale)
+        images: Any = latents
+        if output_type != "latent":
+            images = to_output(self.decode_latents(latents, height, width), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images)
 
+    @torch.no_grad()
     def denoise(
-        self, noise: Tensor, local_features: Tensor, prompts: Sequence[str], steps: int, guidance_scale: float
+        self,
+        noise: Tensor,
+        local_features: Tensor,
+        text: Tensor | None,
+        without_text: Tensor | None,
+        steps: int,
+        guidance_scale: float,
     ) -> Tensor:
         """Noise (b, c, rows, columns) to clean latents of the same shape, float32, in `steps` >= 1 steps.
 
-        Guidance puts both branches, without and with text, through the U-Net in one batch.
+        text, without_text: embeddings (b, tokens, cross_attention_dim) of the captions, and of as many empty ones;
+            None for a U-Net without text, or without guidance, which puts both branches through the U-Net in one batch.
         """
-        guided = self.text_encoder is not None and guidance_scale > 1
-        text = None
-        if self.text_encoder is not None:
-            text = self.encode_prompt([*([""] * len(prompts) if guided else []), *prompts])
-        if guided:
+        device, dtype = self._execution_device, self.unet.dtype
+        guided = without_text is not None
+        if text is not None and without_text is not None:
+            text = torch.cat([without_text, text])
             local_features = torch.cat([local_features, local_features])
         scheduler = copy.deepcopy(self.scheduler)  # it keeps the state of one walk
-        scheduler.set_timesteps(steps, device=self.unet.device)
+        scheduler.set_timesteps(steps, device=device)
         # The latents stay in float32 between the steps, so that a half-precision U-Net does not round them each time.
-        latents: Tensor = noise.to(self.unet.device, torch.float32) * scheduler.init_noise_sigma
+        latents: Tensor = noise.to(device, torch.float32) * scheduler.init_noise_sigma
         for timestep in self.progress_bar(scheduler.timesteps):
             sample = torch.cat([latents, latents]) if guided else latents
-            sample = scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
-            prediction = self.unet(sample, timestep, text, local_features=local_features).sample.float()
+            sample = scheduler.scale_model_input(sample, timestep).to(dtype)
+            prediction = self.predict(sample, timestep, local_features, text)
             if guided:
-                without_text, with_text = prediction.chunk(2)
-                prediction = without_text + guidance_scale * (with_text - without_text)
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         return latents
 
     @torch.no_grad()
+    def predict(self, sample: Tensor, timestep: Tensor, local_features: Tensor, text: Tensor | None) -> Tensor:
+        """What the U-Net says of noisy latents (b, c, rows, columns), float32, in tiles where they are large.
+
+        The arguments are the U-Net's own, the text embeddings b or none.
+        """
+        multiple = self.padding_multiple_px // VAE_FACTOR
+        tiles = LatentTiles(sample.shape[-2], sample.shape[-1], self.tile_latents, self.overlap_latents, multiple)
+        at_once = max(1, LATENTS_AT_ONCE // (len(sample) * tiles.height * tiles.width))
+
+        def one(sample: Tensor, features: Tensor) -> Tensor:
+            repeated = None if text is None else text.repeat(len(sample) // len(text), 1, 1)
+            prediction: Tensor = self.unet(sample, timestep, repeated, local_features=features).sample
+            return prediction.float()
+
+        return tiles.blend(one, sample, local_features, at_once=at_once)
+
+    @torch.no_grad()
     def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Scaled latents (b, c, *latent_size(height, width)) to pictures (b, 3, height, width) float32 in 0..1."""
-        latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-        sample = self.vae.decode(latents).sample[..., :height, :width]
-        pictures: Tensor = (sample.float() / 2 + 0.5).clamp(0, 1)
+        latents = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
+        if isinstance(self.vae, PatchAutoencoder):
+            sample = self.vae.decode(latents).sample
+        else:
+            tiles = LatentTiles(latents.shape[-2], latents.shape[-1], self.vae_tile_latents, self.overlap_latents)
+            sample = tiles.blend(lambda tile: self.vae.decode(tile).sample, latents)
+        pictures: Tensor = (sample[..., :height, :width].float() / 2 + 0.5).clamp(0, 1)
         return pictures
 
 
@@ -349,16 +399,3 @@ def to_output(pictures: Tensor, output_type: str) -> Any:
         return pictures
     array = pictures.permute(0, 2, 3, 1).cpu().numpy()
     return DiffusionPipeline.numpy_to_pil(array) if output_type == "pil" else array
-
-
-@contextmanager
-def progress_bars_off() -> Iterator[None]:
-    """Keeps diffusers and transformers from drawing progress bars while weights are read or written."""
-    drawing = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in drawing:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in drawing:
-            library.enable_progress_bar()

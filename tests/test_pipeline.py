@@ -338,3 +338,88 @@ def test_spoilt_folder(folder: Path, name: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="no model folder"):
         PercoPipeline.from_pretrained(tmp_path / "nothing")
+
+
+def test_small_pictures_have_one_tile(published: PercoPipeline, textless: PercoPipeline) -> None:
+    assert (published.tile_latents, published.vae_tile_latents, published.overlap_latents) == (96, 96, 32)
+    assert textless.tile_latents == 512
+
+
+def test_large_pictures_go_in_tiles_that_stay_in_their_places(
+    published: PercoPipeline, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures with captions of their own, in tiles of 96 pixels: together or alone, they are the same pictures.
+
+    Tiles change what the networks see, so the result is not that of the whole; but near to it, as the codes lead both.
+    """
+    images = picture(96, 224, batch=2)
+    indices = published.encode_image(images)
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    generators = [generator(1), generator(2)]
+    whole = published.decode_indices(indices, 96, 224, prompt=prompts, generator=generators, **options)
+    monkeypatch.setattr(published, "tile_latents", 12)
+    monkeypatch.setattr(published, "overlap_latents", 8)
+    generators = [generator(1), generator(2)]
+    tiled = published.decode_indices(indices, 96, 224, prompt=prompts, generator=generators, **options)
+    monkeypatch.setattr("perco_engine.pipeline.LATENTS_AT_ONCE", 1)  # one tile at a time
+    for k in range(2):
+        alone = published.decode_indices(
+            [indices[0][k : k + 1]], 96, 224, prompt=prompts[k], generator=generator(k + 1), **options
+        )
+        close(alone, tiled[k : k + 1])
+    difference = (tiled - whole).abs()
+    assert difference.max() > 1e-3
+    assert difference.mean() < 0.3 * (tiled - tiled.flip(-1)).abs().mean()
+
+
+def test_tiles_that_would_cut_codes_are_refused(published: PercoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "tile_latents", 42)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        published(local_features=torch.zeros(1, 320, 6, 6), num_inference_steps=1)
+
+
+@torch.no_grad()
+def test_the_autoencoder_s_tiles(published: PercoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a tile the plain autoencoder; beyond it the same latents each time, as near as random weights let them."""
+    image = picture(128, 256)
+    whole = published.encode_latents(image)
+    close(whole, published.vae.encode(image).latent_dist.mean * 0.18215, 1e-6)
+    decoded = published.decode_latents(whole, 128, 256)
+    monkeypatch.setattr(published, "vae_tile_latents", 16)
+    monkeypatch.setattr(published, "overlap_latents", 8)
+    latents, again = published.encode_latents(image), published.encode_latents(image)
+    assert torch.equal(latents, again)
+    assert latents.shape == (1, 4, 16, 32)
+    assert 0 < (latents - whole).abs().mean() < 0.35 * whole.std()
+    tiled = published.decode_latents(whole, 122, 255)
+    assert tiled.shape == (1, 3, 122, 255)
+    assert (tiled - decoded[..., :122, :255]).abs().mean() < 0.35 * decoded.std()
+    two = published.decode_latents(torch.cat([whole, whole.flip(-1)]), 128, 256)
+    close(two[:1, :, :122, :255], tiled, 1e-5)
+
+
+def test_captions_are_encoded_once(prompts: list[str]) -> None:
+    pipeline = PercoPipeline.from_pretrained(FOLDER)
+    encoded: list[int] = []
+    pipeline.text_encoder.register_forward_hook(lambda module, args, output: encoded.append(len(output[0])))
+    with torch.inference_mode():
+        first = pipeline.encode_prompt([*prompts, prompts[0], ""])
+    assert encoded == [1, 1, 1]
+    assert torch.equal(pipeline.encode_prompt([prompts[0], ""]), first[[2, 3]])
+    assert encoded == [1, 1, 1]
+    assert not pipeline.encode_prompt(prompts).is_inference()
+    pipeline.encode_prompt([f"caption {k}" for k in range(64)])
+    pipeline.encode_prompt(["", "caption 0", "caption 63"])
+    assert len(encoded) == 3 + 64
+    pipeline.encode_prompt(prompts[:1])  # the one that was not used for longest had to go
+    assert len(encoded) == 3 + 64 + 1
+
+
+def test_whole_pictures_make_the_previews_where_there_is_no_shorter_way(
+    published: PercoPipeline, prompts: list[str]
+) -> None:
+    indices = published.encode_image(picture(40, 56))
+    options: dict[str, Any] = {"prompt": prompts[:1], "num_inference_steps": 1}
+    whole = published.decode_indices(indices, 40, 56, generator=generator(3), output_type="pt", **options)
+    preview = published.decode_preview(indices, 40, 56, 8, generator=generator(3), **options)
+    close(preview, whole.unflatten(2, (5, 8)).unflatten(4, (7, 8)).mean((3, 5)))

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from perco_engine import engine, torchac_backend, weights
+from perco_engine import devices, torchac_backend, weights
 from perco_engine.errors import ModelUnavailable
 
 PACKAGES = (
@@ -23,8 +23,8 @@ def report() -> Iterator[str]:
         except PackageNotFoundError:
             found = f"missing: pip install {package}"
         yield f"{package:<24} {found}"
-    device = engine.best_device()
-    yield f"{'device':<24} {device}, {str(engine.best_dtype(device)).removeprefix('torch.')}"
+    device = devices.best_device()
+    yield f"{'device':<24} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
     for spec in weights.REGISTRY:
         try:
             where = str(weights.find(spec.name).folder)

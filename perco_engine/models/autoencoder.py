@@ -13,6 +13,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -134,16 +135,19 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             zero_conv(8, 3),
         )
 
+    @apply_forward_hook
     def encode(self, x: Tensor) -> AutoencoderOutput:
         """Picture (b, 3, h, w) in -1..1, h and w multiples of 8, to latents (b, latent_channels, h/8, w/8)."""
         return AutoencoderOutput(latents=in_tiles(lambda part: self.analysis(part) + self.encoder(part), x, PATCH, 1))
 
+    @apply_forward_hook
     def decode(self, z: Tensor) -> DecoderOutput:
         """Latents (b, latent_channels, h/8, w/8) to a picture (b, 3, h, w), about -1..1."""
         return DecoderOutput(
             sample=in_tiles(lambda part: F.pixel_shuffle(self.synthesis(part), PATCH) + self.decoder(part), z, 1, PATCH)
         )
 
+    @apply_forward_hook
     def decode_preview(self, z: Tensor, reduction: int) -> Tensor:
         """The linear part alone, at 1/reduction of the full size (reduction: 1, 2, 4 or 8).
 
