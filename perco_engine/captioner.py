@@ -23,7 +23,7 @@ from PIL import Image
 from .bitstream.chunks import MAX_CAPTION_BYTES
 from .devices import best_device, best_dtype, cache, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
-from .pipeline import progress_bars_off
+from .model_folder import progress_bars_off
 from .pixels import to_rgb
 
 Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
