@@ -104,6 +104,16 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
     return component.eval()
 
 
+def with_v_prediction(scheduler: Any) -> Any:
+    """The scheduler, predicting velocities: the reference trains so on any base, and leaves the base's file as it was.
+
+    Stable Diffusion 1.x's configurations are those of networks that predict the noise.
+    """
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, prediction_type="v_prediction")
+
+
 @contextmanager
 def progress_bars_off() -> Iterator[None]:
     """Keeps diffusers and transformers from drawing progress bars while weights are read or written."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .errors import InvalidModel, ModelUnavailable
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
-from .model_folder import COMPONENT_CLASSES, is_null, load_component, progress_bars_off, read_json
+from .model_folder import COMPONENT_CLASSES, is_null, load_component, progress_bars_off, read_json, with_v_prediction
 from .models.autoencoder import PatchAutoencoder
 from .prompts import PromptEmbeddings
 
@@ -102,7 +102,7 @@ class PercoPipeline(DiffusionPipeline):
         """Loads a model folder from this machine: our own, or one as the reference published it.
 
         Weights come from safetensors alone, and classes from COMPONENT_CLASSES alone, whatever modules the folder's
-        model_index.json names.
+        model_index.json names.  A published folder's scheduler is switched to v-prediction where it is not yet.
 
         Raises ModelUnavailable where there is no such folder, InvalidModel where a component is missing, of a class
         that is not known, pickled, or has other weights than its configuration asks for.
@@ -117,6 +117,8 @@ class PercoPipeline(DiffusionPipeline):
             raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
         with progress_bars_off():
             components = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
+        if index.get("_class_name") != cls.__name__:
+            components["scheduler"] = with_v_prediction(components["scheduler"])
         defaults = {name: index[name] for name in DEFAULTS if name in index}
         try:
             return cls(**components, **defaults)

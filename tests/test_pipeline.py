@@ -132,6 +132,27 @@ def test_pndm_equals_the_reference(published: PercoPipeline, io: dict[str, Tenso
         close(latents, io["latents_0_pndm_s20_g3"], 1e-3)
 
 
+def test_a_published_folder_on_stable_diffusion_1_is_switched_to_v_prediction(
+    io: dict[str, Tensor], prompts: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "published"
+    shutil.copytree(PARITY / "pipeline", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    stable_diffusion_1 = {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "trained_betas": None, "clip_sample": False,
+    }  # fmt: skip
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(stable_diffusion_1))
+    pipeline = PercoPipeline.from_pretrained(folder)
+    latents = pipeline(
+        prompt=prompts[0], local_features=io["z_hat"], latents=io["x_T_s20_g3"], output_type="latent"
+    ).images
+    close(latents, io["latents_0_pndm_s20_g3"], 1e-3)
+
+
 def test_seeded_decoding_from_indices_equals_the_reference(
     published: PercoPipeline, io: dict[str, Tensor], prompts: list[str]
 ) -> None:

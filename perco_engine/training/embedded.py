@@ -29,6 +29,9 @@ from .stage import Stage, autocast, channels_last
 
 LATENT_CHANNELS = 16
 
+FEATURE_WEIGHTS = (0.24, 0.16, 0.12, 0.12, 0.12)
+"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -47,14 +50,16 @@ def similarity(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(scales).mean()
 
 
-def picture_loss(distance: FeatureDistance, output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + 2 x squared error + 0.3 x (1 - SSIM of four scales) + 0.12 x feature distance, and the figures by name.
+def picture_loss(
+    distance: FeatureDistance, output: Tensor, target: Tensor, weight: float = 0.12
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + 2 x squared error + 0.3 x (1 - SSIM of four scales) + weight x feature distance, and the figures by name.
 
     Pictures in -1..1 of at least 88 pixels a side.
     """
     output = output.float()
     mse, features, ssim = F.mse_loss(output, target), distance(output, target), similarity(output, target)
-    loss = F.l1_loss(output, target) + 2 * mse + 0.3 * (1 - ssim) + 0.12 * features
+    loss = F.l1_loss(output, target) + 2 * mse + 0.3 * (1 - ssim) + weight * features
     return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim}
 
 
@@ -238,7 +243,7 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
             noise = torch.randn_like(z)
             terminal = torch.full((len(z),), last)
             guess = unet(noise, terminal, None, local_features=local).sample.float()
-            picture, measured = picture_loss(distance, vae.decode(guess).sample, x)
+            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
@@ -252,7 +257,7 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
             loss = loss + 0.4 * figures["diffusion"]
         if step % 4 == 2:
             with autocast():
-                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x)
+                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, FEATURE_WEIGHTS[level])
             figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
         stage.update(loss, commitment=commitment / len(errors), **figures)
