@@ -121,7 +121,8 @@ def describe(header: Header, size_bytes: int) -> dict[str, Any]:
 
     spec = weights.registered(header.model.registry_id)
     points = spec.rate_points if spec else ()
-    unregistered = header.model.fingerprint.hex() or f"unknown model number {header.model.registry_id}"
+    registry_id = header.model.registry_id
+    unregistered = f"unknown model number {registry_id}" if registry_id else header.model.fingerprint.hex()
     return {
         "model": spec.name if spec else unregistered,
         "width": header.width_px,
