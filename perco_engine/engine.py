@@ -17,6 +17,7 @@ from PIL import Image
 from . import bitstream, pixels, rates, weights
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .family import FamilyEngine
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
@@ -79,11 +80,17 @@ class Engine:
     @property
     def reference(self) -> ModelReference:
         """How files name this model."""
-        return ModelReference(self.model.registry_id, self.model.fingerprint)
+        return self.model.reference
 
     @property
     def rate_points(self) -> tuple[rates.RatePoint, ...]:
-        """What this model offers, lowest first."""
+        """What this model offers, lowest first; a checkpoint of a family offers its one rate."""
+        k = self.model.rate_point
+        return self._file_rate_points if k is None else self._file_rate_points[k : k + 1]
+
+    @property
+    def _file_rate_points(self) -> tuple[rates.RatePoint, ...]:
+        """What the rate point of a file counts: of a family all, whichever are at hand."""
         spec = weights.registered(self.model.registry_id)
         return spec.rate_points if spec else self.pipeline.hyper_enc.rate_points
 
@@ -121,8 +128,7 @@ class Engine:
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         if bpp is None and max_bytes is None:
             level = rates.nearest(points, rates.DEFAULT_BPP)
-        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
-            raise ValueError(f"max_bytes must be a positive number of bytes, not {max_bytes!r}")
+        rates.check_max_bytes(max_bytes)
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
@@ -139,7 +145,7 @@ class Engine:
                     model=self.reference,
                     width_px=image.width,
                     height_px=image.height,
-                    rate_point=level,
+                    rate_point=level if self.model.rate_point is None else self.model.rate_point,
                     indices=indices,
                     caption=caption or "",
                     seed=DEFAULT_SEED if seed is None else seed,
@@ -154,7 +160,7 @@ class Engine:
 
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> bytes:
         """The codes as bytes: whole, or as many levels and as fine an opacity mask as max_bytes allows."""
-        data = bitstream.pack(codes, self.rate_points, coder=CODER)
+        data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
         smallest = len(data)
         while max_bytes is not None and len(data) > max_bytes:
             if len(codes.indices) > 1:
@@ -167,7 +173,7 @@ class Engine:
                     f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
                     f"opacity), or reduce the picture"
                 )
-            data = bitstream.pack(codes, self.rate_points, coder=CODER)
+            data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
             smallest = min(smallest, len(data))
         return data
 
@@ -207,7 +213,9 @@ class Engine:
         jobs: list[tuple[Engine, _Job]] = []
         for data in files:
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
-            engine = self if header.model == self.reference else get_engine_for(header.model, self.device)
+            engine = self
+            if header.model != self.reference:
+                engine = get_engine_for(header.model, self.device, rate_point=header.rate_point)
             if header.width_px * header.height_px > MAX_PIXELS:
                 raise LimitExceeded(
                     f"the picture has {header.width_px}x{header.height_px} pixels, more than {MAX_PIXELS}: "
@@ -228,12 +236,18 @@ class Engine:
     def codes(self, data: bytes, *, allow_truncated: bool = False) -> Codes:
         """What the bytes of a file of this model say.  Raises BitstreamError, UnsupportedRatePoint."""
         header = bitstream.read_header(data, allow_truncated=allow_truncated)
-        if header.rate_point >= len(self.rate_points):
+        points = self._file_rate_points
+        if header.rate_point >= len(points):
             raise UnsupportedRatePoint(
-                f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(self.rate_points)}: "
+                f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(points)}: "
                 f"update pillow-perco, or the file is damaged"
             )
-        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, self.rate_points, coder=CODER)
+        if self.model.rate_point not in (None, header.rate_point):
+            raise UnsupportedRatePoint(
+                f"the file is of {points[header.rate_point].bpp} bpp, and the weights that it names, "
+                f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
+            )
+        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, points, coder=CODER)
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
@@ -316,7 +330,7 @@ class EngineCache:
 
     def get(self, model: weights.Model, device: torch.device, dtype: torch.dtype) -> Engine:
         """The engine for this model, device and dtype, loaded on first use."""
-        key = (str(model.folder.resolve()), str(device), str(dtype))
+        key = (f"{model.folder.resolve()} {model.fingerprint.hex()}", str(device), str(dtype))
         with self._lock:
             if key not in self._engines:
                 self._engines[key] = Engine(model, device, dtype)
@@ -344,17 +358,28 @@ def get_engine(
     model: str | os.PathLike[str] = "embedded",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> Engine:
-    """The engine for a model (a registered name or a folder), loaded once per process and kept.
+) -> Engine | FamilyEngine:
+    """The engine for a model (a registered or installed name, or a folder), loaded once per process and kept.
 
+    For a family, an engine that loads the checkpoint of the rate that is asked for.
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
     Raises ModelUnavailable, InvalidModel.
     """
     chosen = torch.device(device) if device is not None else best_device()
-    return cache.get(weights.find(model), chosen, dtype or best_dtype(chosen))
+    dtype = dtype or best_dtype(chosen)
+    spec = weights.named(model) if isinstance(model, str) else None
+    if spec is not None and spec.is_family:
+        return FamilyEngine(spec, weights.checkpoints(spec), cache.get, chosen, dtype)
+    return cache.get(weights.find(model), chosen, dtype)
 
 
-def get_engine_for(model: ModelReference, device: str | torch.device | None = None) -> Engine:
-    """The engine that decodes files which name this model.  Raises ModelUnavailable, InvalidModel."""
-    found = weights.find_for_file(model.registry_id, model.fingerprint)
-    return get_engine(found.folder if model.registry_id == 0 else found.name, device)
+def get_engine_for(
+    model: ModelReference, device: str | torch.device | None = None, *, rate_point: int | None = None
+) -> Engine:
+    """The engine that decodes files which name this model.
+
+    rate_point: of the file; an error then says which rate of a family is missing.
+    Raises ModelUnavailable, InvalidModel.
+    """
+    chosen = torch.device(device) if device is not None else best_device()
+    return cache.get(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))

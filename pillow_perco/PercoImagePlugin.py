@@ -92,7 +92,7 @@ class PercoImageFile(ImageFile.ImageFile):
 
             options, size = self._options, self.size
             try:
-                engine = get_engine_for(self._model, options.device)
+                engine = get_engine_for(self._model, options.device, rate_point=self.info["perco"]["rate_point"])
                 picture = engine.decode(
                     self._file,
                     steps=options.steps,

@@ -92,7 +92,8 @@ def decode(
     if model is not None:
         weights.find(model)
     data = source.read_bytes()
-    engine = get_engine_for(bitstream.read_header(data).model)
+    header = bitstream.read_header(data)
+    engine = get_engine_for(header.model, rate_point=header.rate_point)
     picture = engine.decode(data, steps=steps, guidance_scale=guidance, seed=seed, max_size_px=max_size)
     written = io.BytesIO()
     (picture.convert("RGB") if kind == "JPEG" else picture).save(written, kind)
