@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 import pillow_perco
 from perco_engine.errors import PercoError
 
+from .cli_models import models
+
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
 
@@ -158,6 +160,9 @@ def doctor(build_torchac: bool) -> None:
         torchac_backend.build()
     for line in report():
         click.echo(line)
+
+
+main.add_command(models)
 
 
 if __name__ == "__main__":
