@@ -63,7 +63,9 @@ def test_the_lowest_layer_imports_next_to_nothing(name: str) -> None:
     assert not ours
 
 
-@pytest.mark.parametrize("name", ["engine", "pipeline", "pixels", "weights", "torchac_backend"])
+@pytest.mark.parametrize(
+    "name", ["engine", "family", "pipeline", "pixels", "weights", "torchac_backend", "model_store", "model_import"]
+)
 def test_nothing_imports_training_or_evaluation(name: str) -> None:
     assert not {n for n in imports(ENGINE / f"{name}.py") if "training" in n or "evaluation" in n}
 

