@@ -18,7 +18,9 @@ DEFAULT_SEED = 0
 
 @dataclass(frozen=True)
 class ModelReference:
-    """The model that a file names: a registry id (1..62), or 0 and the 8-byte fingerprint of its weights."""
+    """The model that a file names, by the registry id of the weights (1..31); or by that of a family of checkpoints
+    (32..62) and the first 4 bytes of the checkpoint's fingerprint; or by 0 and the 8-byte fingerprint.
+    """
 
     registry_id: int
     fingerprint: bytes = b""

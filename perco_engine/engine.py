@@ -19,6 +19,7 @@ from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
 from .devices import best_device, best_dtype, cache, weights_bytes
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .family import FamilyEngine
 from .memory import Placement, explained
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
@@ -90,11 +91,17 @@ class Engine:
     @property
     def reference(self) -> ModelReference:
         """How files name this model."""
-        return ModelReference(self.model.registry_id, self.model.fingerprint)
+        return self.model.reference
 
     @property
     def rate_points(self) -> tuple[rates.RatePoint, ...]:
-        """What this model offers, lowest first."""
+        """What this model offers, lowest first; a checkpoint of a family offers its one rate."""
+        k = self.model.rate_point
+        return self._file_rate_points if k is None else self._file_rate_points[k : k + 1]
+
+    @property
+    def _file_rate_points(self) -> tuple[rates.RatePoint, ...]:
+        """What the rate point of a file counts: of a family all, whichever are at hand."""
         spec = weights.registered(self.model.registry_id)
         return spec.rate_points if spec else self.pipeline.hyper_enc.rate_points
 
@@ -139,8 +146,7 @@ class Engine:
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         if bpp is None and max_bytes is None:
             level = rates.nearest(points, rates.DEFAULT_BPP)
-        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
-            raise ValueError(f"max_bytes must be a positive number of bytes, not {max_bytes!r}")
+        rates.check_max_bytes(max_bytes)
         if isinstance(best_of, bool) or not isinstance(best_of, int) or not 1 <= best_of <= MOST_SEEDS:
             raise ValueError(f"best_of must be a number of seeds from 1 to {MOST_SEEDS}, not {best_of!r}")
         if best_of > 1 and seed is not None:
@@ -165,7 +171,7 @@ class Engine:
                 model=self.reference,
                 width_px=image.width,
                 height_px=image.height,
-                rate_point=level,
+                rate_point=level if self.model.rate_point is None else self.model.rate_point,
                 indices=indices,
                 caption=text,
                 seed=DEFAULT_SEED if seed is None else seed,
@@ -175,7 +181,7 @@ class Engine:
             codes, data = self._fit(codes, image, max_bytes)
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
-                longer = bitstream.pack(seeded, points, coder=CODER)
+                longer = bitstream.pack(seeded, self._file_rate_points, coder=CODER)
                 data = longer if max_bytes is None or len(longer) <= max_bytes else data
             files.append(data)
         return files
@@ -191,7 +197,7 @@ class Engine:
 
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
-        data = bitstream.pack(codes, self.rate_points, coder=CODER)
+        data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
         smallest = len(data)
         while max_bytes is not None and len(data) > max_bytes:
             if len(codes.indices) > 1:
@@ -204,7 +210,7 @@ class Engine:
                     f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
                     f"opacity), or reduce the picture"
                 )
-            data = bitstream.pack(codes, self.rate_points, coder=CODER)
+            data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
             smallest = min(smallest, len(data))
         return codes, data
 
@@ -249,7 +255,9 @@ class Engine:
         jobs: list[tuple[Engine, _Job]] = []
         for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
-            engine = self if header.model == self.reference else get_engine_for(header.model, self.device)
+            engine = self
+            if header.model != self.reference:
+                engine = get_engine_for(header.model, self.device, rate_point=header.rate_point)
             if header.width_px * header.height_px > MAX_PIXELS:
                 raise LimitExceeded(
                     f"the picture has {header.width_px}x{header.height_px} pixels, more than {MAX_PIXELS}: "
@@ -270,12 +278,18 @@ class Engine:
     def codes(self, data: bytes, *, allow_truncated: bool = False) -> Codes:
         """What the bytes of a file of this model say.  Raises BitstreamError, UnsupportedRatePoint."""
         header = bitstream.read_header(data, allow_truncated=allow_truncated)
-        if header.rate_point >= len(self.rate_points):
+        points = self._file_rate_points
+        if header.rate_point >= len(points):
             raise UnsupportedRatePoint(
-                f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(self.rate_points)}: "
+                f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(points)}: "
                 f"update pillow-perco, or the file is damaged"
             )
-        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, self.rate_points, coder=CODER)
+        if self.model.rate_point not in (None, header.rate_point):
+            raise UnsupportedRatePoint(
+                f"the file is of {points[header.rate_point].bpp} bpp, and the weights that it names, "
+                f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
+            )
+        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, points, coder=CODER)
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
@@ -337,24 +351,35 @@ def get_engine(
     *,
     compile: bool = False,  # noqa: A002
     offload: bool | None = None,
-) -> Engine:
-    """The engine for a model (a registered name or a folder), loaded once per process and kept.
+) -> Engine | FamilyEngine:
+    """The engine for a model (a registered or installed name, or a folder), loaded once per process and kept.
 
+    For a family, an engine that loads the checkpoint of the rate that is asked for.
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
     compile, offload: see `perco_engine.memory.Placement`.
     Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
     """
     chosen = torch.device(device) if device is not None else best_device()
-    return load(weights.find(model), chosen, dtype or best_dtype(chosen), Placement(compile, offload))
+    precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
+    spec = weights.named(model) if isinstance(model, str) else None
+    if spec is not None and spec.is_family:
+        return FamilyEngine(spec, weights.checkpoints(spec), lambda one: load(one, chosen, precision, placement))
+    return load(weights.find(model), chosen, precision, placement)
+
+
+def get_engine_for(
+    model: ModelReference, device: str | torch.device | None = None, *, rate_point: int | None = None
+) -> Engine:
+    """The engine that decodes files which name this model.
+
+    rate_point: of the file; an error then says which rate of a family is missing.
+    Raises ModelUnavailable, InvalidModel.
+    """
+    chosen = torch.device(device) if device is not None else best_device()
+    return load(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))
 
 
 def load(model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None) -> Engine:
     """The engine for this model, device, dtype and placement, from the process-wide cache."""
     key = str(model.folder.resolve()), model.fingerprint, str(device), str(dtype), placement or Placement()
     return cache.get(key, lambda: Engine(model, device, dtype, placement))
-
-
-def get_engine_for(model: ModelReference, device: str | torch.device | None = None) -> Engine:
-    """The engine that decodes files which name this model.  Raises ModelUnavailable, InvalidModel."""
-    found = weights.find_for_file(model.registry_id, model.fingerprint)
-    return get_engine(found.folder if model.registry_id == 0 else found.name, device)

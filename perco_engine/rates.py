@@ -71,6 +71,12 @@ def nearest(points: Sequence[RatePoint], bpp: float) -> int:
     return min(range(len(points)), key=lambda k: abs(points[k].bpp - bpp))
 
 
+def check_max_bytes(max_bytes: int | None) -> None:
+    """Raises ValueError unless `max_bytes` is None or a positive number of bytes."""
+    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+        raise ValueError(f"max_bytes must be a positive number of bytes, not {max_bytes!r}")
+
+
 PERCO_SD = tuple(
     RatePoint(bpp, (Grid(512 // side, codebook_size),))
     for bpp, side, codebook_size in (

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from . import rates
+from . import rates, weights
 from .bitstream import container, entropy
 from .bitstream.chunks import MAX_CAPTION_BYTES
 from .bitstream.entropy import CDF
@@ -163,13 +163,17 @@ def to_codes(file: ReferenceFile, point: RatePoint, model: ModelReference) -> Co
     )
 
 
-def convert(data: bytes, model: ModelReference, bpp: float | None = None) -> bytes:
+def convert(data: bytes, bpp: float | None = None) -> bytes:
     """A file of the reference as the bytes of a .perco file: the same indices, caption and size.
 
-    Raises as `read` and `choose_rate_point` do.
+    The checkpoint of its rate must be installed: a .perco file names the weights that its codes belong to.
+
+    Raises as `read` and `choose_rate_point` do, and ModelUnavailable, with what to do.
     """
     file = read(data)
-    return container.pack(to_codes(file, choose_rate_point(file, bpp), model), PERCO_SD)
+    point = choose_rate_point(file, bpp)
+    family = next(spec for spec in weights.REGISTRY if spec.rate_points == PERCO_SD)
+    return container.pack(to_codes(file, point, weights.checkpoint(family, point).reference), PERCO_SD)
 
 
 class _PickleReader:

@@ -1,7 +1,8 @@
 """Where models are: the registry of known ones, the folders of the others, and how a file's model is found.
 
-A model is a folder that `PercoPipeline.from_pretrained` loads.  A file names its model by a registry id, or, for models
-that are not in the registry, by a fingerprint of the weights.
+A model is a folder that `PercoPipeline.from_pretrained` loads.  A file names its model by a registry id; or by the id
+of a family of checkpoints and a fingerprint of the checkpoint's weights; or, for models that are not in the registry,
+by the fingerprint alone.
 """
 
 import functools
@@ -11,20 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import rates
-from .bitstream.header import FINGERPRINT_BYTES
+from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY
+from .checkpoint import Checkpoint, installed
+from .codes import ModelReference
 from .errors import ModelUnavailable
 from .rates import RatePoint
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A registered model: the id that files name it by never changes, and is never given to other weights."""
+    """A registered model, or family of checkpoints: its id in files never changes, and is never given to another.
+
+    rate_points: those that a file's rate point counts; a family's whether their checkpoints are installed or not.
+    folder: of weights that come with this package, else None.
+    get: what the user is to do where the model is not on this machine.
+    """
 
     name: str
     registry_id: int
     rate_points: tuple[RatePoint, ...]
     folder: str | None
     get: str
+
+    @property
+    def is_family(self) -> bool:
+        """Whether this names checkpoints of several rates, one for each, and not one set of weights."""
+        return self.registry_id >= FIRST_FAMILY
 
 
 REGISTRY = (
@@ -37,27 +50,43 @@ REGISTRY = (
     ),
     ModelSpec(
         "perco-sd",
-        2,
+        32,
         rates.PERCO_SD,
         None,
-        "pass the folder of its checkpoint as the model, for example model='/path/to/checkpoint'",
+        "download the folder of its checkpoint and run: perco models import FOLDER "
+        "(perco models pull perco-sd says where the folders are)",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on this machine: its folder, and how a file names it (id 0: by fingerprint)."""
+    """A model on this machine: its folder, and how a file names it.
+
+    fingerprint: what a file holds of it: 8 bytes for id 0, 4 for a checkpoint of a family, none for other ids.
+    rate_point: of a checkpoint of a family, the index of its one rate point among the family's; else None.
+    """
 
     name: str
     folder: Path
     registry_id: int
     fingerprint: bytes = b""
+    rate_point: int | None = None
+
+    @property
+    def reference(self) -> ModelReference:
+        """How files name this model."""
+        return ModelReference(self.registry_id, self.fingerprint)
 
 
 def registered(registry_id: int) -> ModelSpec | None:
     """The model with this id in files, or None if this release does not know it."""
     return next((spec for spec in REGISTRY if spec.registry_id == registry_id), None)
+
+
+def named(name: str) -> ModelSpec | None:
+    """The registered model, or family, of this name, or None."""
+    return next((spec for spec in REGISTRY if spec.name == name), None)
 
 
 def home() -> Path:
@@ -67,6 +96,11 @@ def home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("pillow-perco", appauthor=False))
+
+
+def models_folder() -> Path:
+    """The folder with one folder for each installed model."""
+    return home() / "models"
 
 
 @functools.cache
@@ -91,21 +125,66 @@ def fingerprint(folder: Path) -> bytes:
     )
 
 
-def find(model: str | os.PathLike[str]) -> Model:
-    """The model of this name (of the registry), or in this folder.
+def as_model(checkpoint: Checkpoint) -> Model:
+    """An installed checkpoint as a model: of its family, if it is of one that this release knows with its rate."""
+    spec = named(checkpoint.family or "")
+    if spec is not None and spec.is_family:
+        for k, point in enumerate(spec.rate_points):
+            if point.bpp == checkpoint.bpp:
+                mark = checkpoint.fingerprint[:FAMILY_FINGERPRINT_BYTES]
+                return Model(checkpoint.name, checkpoint.folder, spec.registry_id, mark, k)
+    return Model(checkpoint.name, checkpoint.folder, 0, checkpoint.fingerprint)
+
+
+def checkpoints(family: ModelSpec) -> tuple[Model, ...]:
+    """The installed checkpoints of a family, lowest rate first, and by name where there are several of one rate.
+
+    Raises ModelUnavailable, with what to do, if there is none.
+    """
+    models = [as_model(checkpoint) for checkpoint in installed(models_folder())]
+    found = [model for model in models if model.registry_id == family.registry_id]
+    if not found:
+        raise ModelUnavailable(f"the model {family.name!r} is not on this machine: {family.get}")
+    return tuple(sorted(found, key=lambda model: (model.rate_point or 0, model.name)))
+
+
+def checkpoint(family: ModelSpec, point: RatePoint) -> Model:
+    """The installed checkpoint of a family at one of its rate points; of several, the first by name.
+
+    Raises ModelUnavailable, with what to do, if there is none.
+    """
+    for model in checkpoints(family):
+        if model.rate_point == family.rate_points.index(point):
+            return model
+    raise ModelUnavailable(f"the model {family.name!r} at {point.bpp} bpp is not on this machine: {family.get}")
+
+
+def find(model: str | os.PathLike[str], bpp: float | None = None) -> Model:
+    """The model of this name (of the registry, or installed), or in this folder.
+
+    bpp: of a family, the installed checkpoint whose nominal rate is nearest to this (default: 0.03).
 
     Raises ModelUnavailable, with what to do, if it is not on this machine.
     """
-    spec = next((spec for spec in REGISTRY if spec.name == str(model)), None)
+    name = model if isinstance(model, str) else ""
+    spec = named(name)
+    if spec is not None and spec.is_family:
+        found = checkpoints(spec)
+        points = [spec.rate_points[one.rate_point or 0] for one in found]
+        return found[rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)]
     if spec is not None:
         if spec.folder is None or not (Path(spec.folder) / "model_index.json").exists():
             raise ModelUnavailable(f"the model {spec.name!r} is not on this machine: {spec.get}")
         return Model(spec.name, Path(spec.folder), spec.registry_id)
     folder = Path(model)
+    for checkpoint in installed(models_folder()):
+        if checkpoint.name == name or checkpoint.folder.resolve() == folder.resolve():
+            return as_model(checkpoint)
     if not (folder / "model_index.json").exists():
         names = ", ".join(spec.name for spec in REGISTRY)
         raise ModelUnavailable(
-            f"{str(model)!r} is neither a registered model ({names}) nor a folder with a model_index.json"
+            f"{str(model)!r} is neither a registered model ({names}), nor an installed one (perco models list), "
+            f"nor a folder with a model_index.json"
         )
     for spec in REGISTRY:
         if spec.folder and folder.resolve() == Path(spec.folder).resolve():
@@ -121,25 +200,54 @@ def _remember(model: Model) -> Model:
     return model
 
 
-def find_for_file(registry_id: int, mark: bytes = b"") -> Model:
-    """The model that a file names: by registry id, or (id 0) by the fingerprint `mark` of its weights.
+def find_for_file(reference: ModelReference, rate_point: int | None = None) -> Model:
+    """The model that a file names.
 
-    A fingerprint is looked for among the folders that this process has used and those below `home()`/models.
+    A fingerprint without a family is looked for among the folders that this process has used and those in the store.
+    rate_point: of the file, to say which rate of a family is needed where it is not on this machine.
     Raises ModelUnavailable, with what to do.
     """
-    if registry_id:
-        spec = registered(registry_id)
+    mark = reference.fingerprint
+    if reference.registry_id:
+        spec = registered(reference.registry_id)
         if spec is None:
             raise ModelUnavailable(
-                f"the file needs model number {registry_id}, which this release does not know: update pillow-perco"
+                f"the file needs model number {reference.registry_id}, which this release does not know: "
+                f"update pillow-perco"
             )
-        return find(spec.name)
+        return _find_in_family(spec, mark, rate_point) if spec.is_family else find(spec.name)
     if mark in _seen:
         return _seen[mark]
-    for index in sorted((home() / "models").glob("*/model_index.json")):
+    for checkpoint in installed(models_folder()):
+        if checkpoint.fingerprint == mark:
+            return _remember(Model(checkpoint.name, checkpoint.folder, 0, mark))
+    for index in sorted(models_folder().glob("*/model_index.json")):
         if fingerprint(index.parent) == mark:
             return _remember(Model(index.parent.name, index.parent, 0, mark))
     raise ModelUnavailable(
         f"the file needs an unregistered model with fingerprint {mark.hex()}: name its folder as the model, "
-        f"or put the folder into {home() / 'models'}"
+        f"or install it: perco models import FOLDER"
     )
+
+
+def _find_in_family(spec: ModelSpec, mark: bytes, rate_point: int | None) -> Model:
+    """The installed checkpoint of a family whose fingerprint begins with `mark`."""
+    try:
+        found = checkpoints(spec)
+    except ModelUnavailable:
+        found = ()
+    for model in found:
+        if model.fingerprint == mark:
+            return model
+    known = rate_point is not None and rate_point < len(spec.rate_points)
+    rate = f" at {spec.rate_points[rate_point].bpp} bpp" if known and rate_point is not None else ""
+    needed = f"the file needs {spec.name}{rate} (weights {mark.hex()})"
+    others = [model for model in found if rate_point is not None and model.rate_point == rate_point]
+    if others:
+        names = ", ".join(f"{model.name} (weights {model.fingerprint.hex()})" for model in others)
+        raise ModelUnavailable(
+            f"{needed}; this rate is installed with other weights, {names}, which would show another picture. "
+            f"Get the checkpoint that the file was written with, and run: "
+            f"perco models import FOLDER --name ANOTHER-NAME"
+        )
+    raise ModelUnavailable(f"{needed}, and this rate is not installed: {spec.get}")

@@ -92,7 +92,7 @@ class PercoImageFile(ImageFile.ImageFile):
 
             options, size = self._options, self.size
             try:
-                engine = get_engine_for(self._model, options.device)
+                engine = get_engine_for(self._model, options.device, rate_point=self.info["perco"]["rate_point"])
                 picture = engine.decode(
                     self._file,
                     steps=options.steps,
@@ -121,7 +121,8 @@ def describe(header: Header, size_bytes: int) -> dict[str, Any]:
 
     spec = weights.registered(header.model.registry_id)
     points = spec.rate_points if spec else ()
-    unregistered = header.model.fingerprint.hex() or f"unknown model number {header.model.registry_id}"
+    registry_id = header.model.registry_id
+    unregistered = f"unknown model number {registry_id}" if registry_id else header.model.fingerprint.hex()
     return {
         "model": spec.name if spec else unregistered,
         "width": header.width_px,

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 import pillow_perco
 from perco_engine.errors import PercoError
 
+from .cli_models import models
+
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
 
@@ -101,7 +103,7 @@ def decode(
         weights.find(model)
     data = source.read_bytes()
     header = bitstream.read_header(data)
-    engine = get_engine_for(header.model)
+    engine = get_engine_for(header.model, rate_point=header.rate_point)
     first = header.seed if seed is None else seed
     seeds = [first + k for k in range(samples or 1)]
     pictures = engine.decode_batch(
@@ -137,15 +139,14 @@ def info(file: Path, as_json: bool) -> None:
 def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     """Convert SOURCE, a file of the reference implementation PerCo (SD), to the .perco file TARGET.
 
-    Nothing in SOURCE is executed: any other pickle than such a file is refused.
+    Nothing in SOURCE is executed: any other pickle than such a file is refused.  The checkpoint of its rate must be
+    installed (perco models), since TARGET names the weights.
     """
-    from perco_engine import reference_files, weights
-    from perco_engine.codes import ModelReference
+    from perco_engine import reference_files
 
-    model = ModelReference(next(spec.registry_id for spec in weights.REGISTRY if spec.name == "perco-sd"))
     with source.open("rb") as file:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
-    converted = reference_files.convert(data, model, bpp)
+    converted = reference_files.convert(data, bpp)
     pillow_perco.write_beside(target, converted)
     click.echo(f"{target}: {len(converted)} bytes, the reference's file has {len(data)}")
 
@@ -191,6 +192,9 @@ def doctor(build_torchac: bool) -> None:
         torchac_backend.build()
     for line in report():
         click.echo(line)
+
+
+main.add_command(models)
 
 
 if __name__ == "__main__":

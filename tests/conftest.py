@@ -17,6 +17,14 @@ from perco_engine.training.embedded import new_scheduler
 PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models that whoever runs the tests has installed are not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERCO_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an unregistered model of the embedded model's kind: three levels, some thousand weights."""

@@ -75,6 +75,20 @@ def test_fingerprint_costs_eight_bytes() -> None:
     assert unpack(with_checksum(body), ONE_GRID) == codes
 
 
+def test_a_family_costs_four_bytes() -> None:
+    """Ids 32 (0x20) to 62 (0x3E) are followed by four bytes, 31 (0x1F) by none."""
+    for registry_id, fields in (
+        (32, "20  00 07 00 07  01234567"),
+        (62, "3E  00 07 00 07  01234567"),
+        (31, "1F  00 07 00 07"),
+    ):
+        body = bytes.fromhex(f"93 50 43 6F  10  {fields}  A5 40")
+        mark = bytes.fromhex("01234567") if registry_id >= 32 else b""
+        codes = replace(plain_codes(), model=ModelReference(registry_id, mark))
+        assert pack(codes, ONE_GRID) == with_checksum(body)
+        assert unpack(with_checksum(body), ONE_GRID) == codes
+
+
 def test_caption_is_a_chunk() -> None:
     """A caption of three letters: type 1 plain, length 3; the hyper-latent gets its length of 2."""
     body = bytes.fromhex("93 50 43 6F  10  41  00 07 00 07  02  A5 40  04 03") + b"dog"
@@ -84,9 +98,9 @@ def test_caption_is_a_chunk() -> None:
 
 def test_all_fields_of_the_first_ten_bytes() -> None:
     points = tuple(ONE_GRID * 16)
-    codes = Codes(ModelReference(62), 0xFFFF, 2, 15, (np.zeros((1, 8192), dtype=np.int32),))
+    codes = Codes(ModelReference(31), 0xFFFF, 2, 15, (np.zeros((1, 8192), dtype=np.int32),))
     data = pack(codes, points)
-    assert data[:10] == bytes.fromhex("93 50 43 6F  1F  3E  FF FE 00 01")
+    assert data[:10] == bytes.fromhex("93 50 43 6F  1F  1F  FF FE 00 01")
     assert unpack(data, points) == codes
 
 
@@ -210,8 +224,10 @@ def test_varint_range() -> None:
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**32}, "seed must be"),
         ({"model": ModelReference(63)}, "registry_id must be 0 to 62"),
-        ({"model": ModelReference(0)}, "fingerprint of 8 bytes"),
-        ({"model": ModelReference(1, bytes(8))}, "a registered one none"),
+        ({"model": ModelReference(0)}, "fingerprint of 8 bytes in a file, not 0"),
+        ({"model": ModelReference(1, bytes(8))}, "fingerprint of 0 bytes in a file, not 8"),
+        ({"model": ModelReference(32)}, "fingerprint of 4 bytes in a file, not 0"),
+        ({"model": ModelReference(62, bytes(8))}, "fingerprint of 4 bytes in a file, not 8"),
         ({"indices": ()}, "the indices must have the shapes"),
         ({"indices": (np.zeros((1, 2), dtype=np.int32),)}, "the indices must have the shapes"),
         ({"indices": (np.full((1, 1), 256),)}, "the indices must be 0 to 255"),

@@ -72,6 +72,8 @@ def test_the_constants_of_the_format() -> None:
     assert f"magic `{header.MAGIC.hex(' ').upper()}`" in FORMAT
     assert f"version, {header.VERSION};" in FORMAT
     assert f"id {header.RESERVED_MODEL} is" in FORMAT.replace("\n", " ")
+    assert f"Ids {header.FIRST_FAMILY} to {header.RESERVED_MODEL - 1} each name a *family*" in FORMAT
+    assert f"The first {header.FAMILY_FINGERPRINT_BYTES} bytes of the checkpoint's fingerprint follow" in FORMAT
     for kind in ChunkKind:
         assert re.search(rf"^\| {kind.value} \(", FORMAT, re.MULTILINE)
     assert header.checksum(b"123456789") == b"\x29\xb1"

@@ -69,6 +69,7 @@ HEADERS: dict[str, tuple[bytes, type[BitstreamError], str]] = {
     "height of 65536": (file_of("9350436F 10 01 0007FFFF A540"), InvalidHeader, "8 x 65536"),
     "cut within the size": (file_of("9350436F 10 01 0007 00"), TruncatedFile, "the height needs 2 bytes and 1 are"),
     "cut within the fingerprint": (file_of("9350436F 10 00 00070007 01234567"), TruncatedFile, "fingerprint"),
+    "cut within a family's fingerprint": (file_of("9350436F 10 20 00070007 012345"), TruncatedFile, "fingerprint"),
     "cut before the seed": (file_of("9350436F 10 81 00070007"), TruncatedFile, "the seed"),
     "seed of 2**32": (file_of("9350436F 10 81 00070007 FFFFFFFF0F A540"), InvalidHeader, "seed is 4294967296"),
     "seed beyond 32 bits": (file_of("9350436F 10 81 00070007 FFFFFFFF1F A540"), InvalidHeader, "the seed is malformed"),

@@ -177,10 +177,12 @@ def test_a_file_of_an_unregistered_model_names_it(
 def test_a_file_of_a_model_that_this_release_does_not_know() -> None:
     from perco_engine.bitstream.header import checksum
 
-    body = b"\x93PCo\x10\x3e\x00\x07\x00\x07\x00"
-    image = opened(body + checksum(body))
-    with pytest.raises(OSError, match="model number 62"):
-        image.load()
+    for number, mark in ((31, b""), (62, bytes(4))):
+        body = b"\x93PCo\x10" + bytes([number]) + b"\x00\x07\x00\x07" + mark + b"\x00"
+        image = opened(body + checksum(body))
+        assert image.info["perco"]["model"] == f"unknown model number {number}"
+        with pytest.raises(OSError, match=f"model number {number}"):
+            image.load()
 
 
 def test_damage_is_an_os_error_and_other_formats_are_not_identified(photo: Image.Image) -> None:

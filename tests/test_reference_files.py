@@ -17,6 +17,7 @@ from PIL import Image
 
 from perco_engine import reference_files
 from perco_engine.bitstream import container, entropy
+from perco_engine.checkpoint import Checkpoint
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.errors import (
     BitstreamError,
@@ -34,6 +35,18 @@ FOLDER = Path(__file__).parent / "parity" / "reference_files"
 SAMPLES: list[dict[str, Any]] = json.loads((FOLDER / "files.json").read_text())
 RED_BARN = (FOLDER / "grid8_codebook256.pkl").read_bytes()
 SAMPLE = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample["file"])
+
+MARK = bytes.fromhex("01020304")
+
+
+def install_records(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store with the record of a checkpoint of every rate, all with a fingerprint that begins with MARK."""
+    monkeypatch.setenv("PERCO_HOME", str(home))
+    for point in PERCO_SD:
+        folder = home / "models" / f"perco-sd-{point.bpp}"
+        folder.mkdir(parents=True)
+        Checkpoint(folder.name, folder, "perco-sd", point.bpp, MARK + bytes(4), "a folder").write()
+
 
 LITERAL = bytes.fromhex(
     "8004 95 5100000000000000"  # protocol 4, a frame of 81 bytes
@@ -375,7 +388,8 @@ def test_streams_of_no_rate(stream: str, size: tuple[int, int]) -> None:
 
 
 @SAMPLE
-def test_conversion_keeps_everything(sample: dict[str, Any], tmp_path: Path) -> None:
+def test_conversion_keeps_everything(sample: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_records(tmp_path, monkeypatch)
     source, target = FOLDER / sample["file"], tmp_path / "x.perco"
     result = CliRunner().invoke(main, ["convert-reference", str(source), str(target)])
     assert result.exit_code == 0, result.output
@@ -387,7 +401,7 @@ def test_conversion_keeps_everything(sample: dict[str, Any], tmp_path: Path) -> 
     )
     indices = np.load(source.with_name(f"{source.stem}_indices.npy"))
     assert codes == Codes(
-        ModelReference(2), sample["width_px"], sample["height_px"], rate_point, (indices,), sample["caption"]
+        ModelReference(32, MARK), sample["width_px"], sample["height_px"], rate_point, (indices,), sample["caption"]
     )
     with Image.open(target) as picture:
         assert picture.size == (sample["width_px"], sample["height_px"])
@@ -416,9 +430,12 @@ def test_a_refused_conversion_harms_nothing(data: bytes, options: tuple[str, ...
     assert target.read_bytes() == b"precious" and source.read_bytes() == data
 
 
-def test_the_command_line_takes_the_rate(tmp_path: Path) -> None:
+def test_the_command_line_takes_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "x.pkl", tmp_path / "x.perco"
     source.write_bytes(LITERAL)
+    refused = CliRunner().invoke(main, ["convert-reference", str(source), str(target), "--bpp", "0.0507"])
+    assert refused.exit_code == 1 and "perco models import FOLDER" in refused.output and not target.exists()
+    install_records(tmp_path, monkeypatch)
     assert CliRunner().invoke(main, ["convert-reference", str(source), str(target), "--bpp", "0.0507"]).exit_code == 0
     codes = container.unpack(target.read_bytes(), PERCO_SD)
     assert (codes.rate_point, codes.indices[0].tolist(), codes.caption) == (4, [[136]], "dog")

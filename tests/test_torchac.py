@@ -128,7 +128,7 @@ def test_automatic_coder_takes_torchac_for_large_streams_alone(monkeypatch: pyte
 
 def test_files_are_the_same_with_either_coder() -> None:
     indices = np.random.default_rng(0).integers(0, 256, (200, 150)).astype(np.int32)
-    codes = Codes(ModelReference(2), 1200, 1600, 6, (indices,))
+    codes = Codes(ModelReference(32, b"\x01\x02\x03\x04"), 1200, 1600, 6, (indices,))
     data = pack(codes, PERCO_SD, coder=AutomaticCoder())
     assert data == pack(codes, PERCO_SD)
     assert unpack(data, PERCO_SD, coder=AutomaticCoder()) == codes

@@ -23,8 +23,10 @@ MAX_SIDE_PX = 65535
 MAX_SEED = 2**32 - 1
 MAX_RATE_POINTS = 16
 FINGERPRINT_BYTES = 8
+FAMILY_FINGERPRINT_BYTES = 4
 CHECKSUM_BYTES = 2
 UNREGISTERED_MODEL = 0
+FIRST_FAMILY = 32
 RESERVED_MODEL = 63
 _SEED_FOLLOWS = 0x80
 _CHUNKS_FOLLOW = 0x40
@@ -62,6 +64,13 @@ class Header:
         return self.alpha is not None
 
 
+def fingerprint_bytes(registry_id: int) -> int:
+    """How many bytes of the weights' fingerprint a file holds that names its model by this id, 0..62."""
+    if registry_id == UNREGISTERED_MODEL:
+        return FINGERPRINT_BYTES
+    return FAMILY_FINGERPRINT_BYTES if registry_id >= FIRST_FAMILY else 0
+
+
 def checksum(data: bytes) -> bytes:
     """The two bytes that end a file whose other bytes are `data`: CRC-16/CCITT-FALSE, big-endian."""
     return binascii.crc_hqx(data, 0xFFFF).to_bytes(CHECKSUM_BYTES, "big")
@@ -75,9 +84,11 @@ def encode_header(
     Raises ValueError for a value that the format cannot hold.
     """
     _require(0 <= model.registry_id < RESERVED_MODEL, f"registry_id must be 0 to 62, not {model.registry_id}")
+    due_bytes = fingerprint_bytes(model.registry_id)
     _require(
-        len(model.fingerprint) == (FINGERPRINT_BYTES if model.registry_id == UNREGISTERED_MODEL else 0),
-        f"an unregistered model (registry_id 0) has a fingerprint of {FINGERPRINT_BYTES} bytes, a registered one none",
+        len(model.fingerprint) == due_bytes,
+        f"a model of registry_id {model.registry_id} has a fingerprint of {due_bytes} bytes in a file, "
+        f"not {len(model.fingerprint)}",
     )
     for name, side_px in (("width_px", width_px), ("height_px", height_px)):
         _require(1 <= side_px <= MAX_SIDE_PX, f"{name} must be 1 to {MAX_SIDE_PX}, not {side_px}: resize the image")
@@ -140,9 +151,7 @@ def _parse(data: bytes, *, intact: bool) -> Header:
     registry_id = flags & _MODEL_MASK
     if registry_id == RESERVED_MODEL:
         raise InvalidHeader(f"the file names model {RESERVED_MODEL}, which is reserved; upgrade pillow-perco")
-    fingerprint = b""
-    if registry_id == UNREGISTERED_MODEL:
-        fingerprint = reader.take(FINGERPRINT_BYTES, "the fingerprint of the model")
+    fingerprint = reader.take(fingerprint_bytes(registry_id), "the fingerprint of the model")
     seed = DEFAULT_SEED
     if flags & _SEED_FOLLOWS:
         seed = 1 + reader.take_varint("the seed")

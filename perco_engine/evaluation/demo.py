@@ -8,6 +8,7 @@ from PIL import Image
 
 from perco_engine import get_engine
 from perco_engine.engine import Engine
+from perco_engine.family import FamilyEngine
 
 from .contact_sheet import Cell, contact_sheet
 
@@ -20,7 +21,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def run(photo: Image.Image, engine: Engine | None = None, columns: int = 3) -> tuple[Image.Image, str]:
+def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, columns: int = 3) -> tuple[Image.Image, str]:
     """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table."""
     engine = engine or get_engine()
     photo = photo.copy()

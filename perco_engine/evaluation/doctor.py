@@ -27,11 +27,14 @@ def report() -> Iterator[str]:
     yield f"{'device':<24} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
     for spec in weights.REGISTRY:
         try:
-            where = str(weights.find(spec.name).folder)
+            if spec.is_family:
+                where = f"installed: {', '.join(model.name for model in weights.checkpoints(spec))}"
+            else:
+                where = str(weights.find(spec.name).folder)
         except ModelUnavailable as error:
             where = str(error)
         yield f"{'model ' + spec.name:<24} {where}"
-    yield f"{'models folder':<24} {weights.home() / 'models'} (moved by PERCO_HOME)"
+    yield f"{'models folder':<24} {weights.models_folder()} (moved by PERCO_HOME)"
     compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
     yield f"{'C++ compiler, ninja':<24} {compiler or 'none'}, {ninja or 'none'}"
     if torchac_backend.available():

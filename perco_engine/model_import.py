@@ -1,0 +1,206 @@
+"""Installing a model: from a published folder, or from the hub, into the store.
+
+published folder ─> copy, convert, complete ─> check every key and shape ─> record ─> rename into the store
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, weights
+from .checkpoint import Checkpoint
+from .component_files import bring, is_there
+from .errors import InvalidModel, ModelUnavailable
+from .model_check import REFERENCE_DESIGNS, check_folder, rate_text
+from .model_download import base_component, download
+from .model_folder import COMPONENT_CLASSES, is_null, read_json
+from .model_store import NAME, hashes, problems, staging
+from .pipeline import DEFAULTS
+from .version import __version__
+
+REFERENCE_FAMILY = "perco-sd"
+PUBLISHED = (
+    "its authors publish a folder for each rate (0.0019, 0.0313 and 0.1250 bpp) on a shared drive, which the README of "
+    "https://github.com/Nikolai10/PerCo links to under 'Pre-trained Models'. Download a folder there, unpack it, and "
+    "run: perco models import FOLDER"
+)
+"""Where the checkpoints of REFERENCE_FAMILY come from."""
+
+FROM_BASE = ("vae", "scheduler", "text_encoder", "tokenizer")
+"""Components that PerCo (SD) shares with its base model."""
+
+
+def import_folder(
+    source: Path,
+    *,
+    name: str | None = None,
+    family: str = "auto",
+    bpp: float | None = None,
+    base: str | None = None,
+) -> Checkpoint:
+    """Installs a model folder, as its authors published it; the folder itself stays as it is.
+
+    name: to install it under; default FAMILY-RATE, or, outside of a family, the folder's.
+    family: "auto" is perco-sd for a folder of the reference at one of its rates, and none otherwise; "none".
+    bpp: the rate that it is thought to be of; an error where it is not.
+    base: a folder or repository that gives what is missing (see model_download.base_component).
+
+    The same weights under the same name are there already: nothing is done then.
+
+    Raises InvalidModel for a folder that is not a complete model, whose weights do not fit its configurations, that
+    is pickled as more than tensors, or of another rate or family than was said; ModelUnavailable where a component is
+    missing and cannot be fetched; ValueError for a name that cannot be, or is in use for other weights.
+    """
+    return _install(source, str(source.absolute()), "", {}, name=name, family=family, bpp=bpp, base=base)
+
+
+def pull(repository: str, *, revision: str | None = None, name: str | None = None, **options: Any) -> Checkpoint:
+    """Downloads a model folder from the hub, at a pinned revision, and installs it; see import_folder for the options.
+
+    Raises also ModelUnavailable, with what to do by hand, where it cannot be downloaded, and for a family that is not
+    on the hub: where it is.
+    """
+    if repository == REFERENCE_FAMILY:
+        raise ModelUnavailable(f"{REFERENCE_FAMILY} is not on the hub: {PUBLISHED}")
+    found = download(repository, revision)
+    default = repository.rsplit("/", 1)[-1]
+    return _install(found.folder, repository, found.commit, found.files, name=name, default_name=default, **options)
+
+
+def _install(
+    source: Path,
+    origin: str,
+    revision: str,
+    expected: Mapping[str, str],
+    *,
+    name: str | None,
+    family: str = "auto",
+    bpp: float | None = None,
+    base: str | None = None,
+    default_name: str | None = None,
+) -> Checkpoint:
+    """Installs the model in the folder `source`.  expected: SHA-256 of files of it, as the hub names them."""
+    if name is not None:
+        _check_name(name)
+    if family not in ("auto", "none") and not ((spec := weights.named(family)) and spec.is_family):
+        raise ValueError(f"{family!r} is no family of checkpoints that this release knows: auto, none or perco-sd")
+    if not (source / "model_index.json").is_file():
+        raise InvalidModel(f"{source} has no model_index.json: it is not the folder of a published model")
+    with staging() as folder:
+        entries, fetched = _gather(source, folder, base, link=bool(revision))
+        components = check_folder(folder, entries)
+        point = components["hyper_enc"].rate_points[0]
+        found_family = _family(family, entries, components["hyper_enc"], source)
+        if bpp is not None and not any(abs(bpp - one.bpp) < 5e-5 for one in components["hyper_enc"].rate_points):
+            raise InvalidModel(f"{source} is of {point.bpp} bpp, and not of {bpp}")
+        fallback = re.sub(r"[^A-Za-z0-9._-]+", "-", default_name or source.resolve().name).strip("-._") or "model"
+        chosen = name or (f"{found_family}-{point.bpp:.4f}" if found_family else fallback)
+        _check_name(chosen)
+        files = hashes(folder)
+        for path, digest in expected.items():
+            if files.get(path, digest) != digest:
+                raise InvalidModel(f"{path} is not what the hub has: delete {source / path} and pull again")
+        new = Checkpoint(
+            name=chosen,
+            folder=folder,
+            family=found_family,
+            bpp=point.bpp if found_family else None,
+            fingerprint=weights.fingerprint(folder),
+            source=origin,
+            revision=revision,
+            base=fetched,
+            version=__version__,
+            files=files,
+        )
+        new.write()
+        return _register(new)
+
+
+def _register(new: Checkpoint) -> Checkpoint:
+    """Moves a finished folder into the store, at once."""
+    target = weights.models_folder() / new.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        try:
+            old = checkpoint.read(target)
+        except InvalidModel:
+            old = None
+        if old is not None and old.files == new.files and not problems(old):
+            return old
+        raise ValueError(
+            f"another model is installed as {new.name!r}: choose another --name, or run: perco models remove {new.name}"
+        )
+    new.folder.rename(target)
+    return replace(new, folder=target)
+
+
+def _gather(source: Path, folder: Path, base: str | None, *, link: bool) -> tuple[dict[str, Any], str]:
+    """Brings all components of a model into `folder`, with its model_index.json.
+
+    Returns the entries of that, [module, class] by component, and where components come from that were missing.
+    """
+    index = read_json(source / "model_index.json")
+    entries = {name: index[name] for name in COMPONENT_CLASSES if not is_null(index.get(name))}
+    for name, entry in entries.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise InvalidModel(f"{source / 'model_index.json'}: {name} must be [module, class], not {entry!r}")
+    is_reference = entries.get("hyper_enc", ["", ""])[1] in REFERENCE_DESIGNS
+    needed = COMPONENT_CLASSES if is_reference else dict.fromkeys(["vae", "hyper_enc", "unet", "scheduler"]) | entries
+    origins: dict[str, None] = {}
+    for name in needed:
+        if name in entries and is_there(source, name):
+            bring(source / name, folder / name, name, link=link)
+        elif is_reference and name in FROM_BASE:
+            found = base_component(name, base)
+            bring(found.folder / name, folder / name, name, link=False)
+            entries[name] = _base_entry(folder, name)
+            origins[found.origin] = None
+        else:
+            raise InvalidModel(
+                f"{source} has no {name} with settings and weights, which no base model can give: download it again"
+            )
+    kept = {key: index[key] for key in ("_class_name", "_diffusers_version", *DEFAULTS) if key in index}
+    text = json.dumps(kept | dict(sorted(entries.items())), indent=1)
+    (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
+    return entries, ", ".join(origins)
+
+
+def _base_entry(folder: Path, name: str) -> list[str]:
+    """The entry of model_index.json for a component of the base model.
+
+    Its scheduler becomes what the reference decodes with: DDIM on the same noise levels, with v-prediction, which not
+    all bases are made for.
+    """
+    if name == "vae":
+        return ["diffusers", "AutoencoderKL"]
+    if name != "scheduler":
+        return ["transformers", "CLIPTextModel" if name == "text_encoder" else "CLIPTokenizer"]
+    path = folder / name / "scheduler_config.json"
+    fixed = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False}
+    path.write_text(json.dumps(read_json(path) | fixed, indent=1) + "\n", encoding="utf-8")
+    return ["diffusers", "DDIMScheduler"]
+
+
+def _family(family: str, entries: dict[str, Any], hyper_enc: Any, source: Path) -> str | None:
+    """The family that a model belongs to, or None."""
+    if family == "none" or (family == "auto" and entries["hyper_enc"][1] not in REFERENCE_DESIGNS):
+        return None
+    spec = weights.named(REFERENCE_FAMILY if family == "auto" else family)
+    points = hyper_enc.rate_points
+    if spec is not None and len(points) == 1 and points[0] in spec.rate_points:
+        return spec.name
+    if family == "auto":
+        return None
+    of = rate_text(points[0]) if len(points) == 1 else "a ladder of several rates"
+    known = ", ".join(str(point.bpp) for point in (spec.rate_points if spec else ()))
+    raise InvalidModel(f"{source} is of {of}, which is none of the rates of {family} ({known} bpp)")
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a model's name has letters, digits, '.', '_' and '-', 64 at most; {name!r} has not")
+    if weights.named(name) is not None:
+        raise ValueError(f"{name!r} is a registered name: choose another --name")
