@@ -74,6 +74,9 @@ class FamilyEngine:
 
         Files of one checkpoint are decoded together, one checkpoint after the other.
         """
+        seeds = options.get("seed")
+        if isinstance(seeds, Sequence) and len(seeds) != len(files):
+            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
         gathered: dict[ModelReference, list[int]] = {}
         for k, data in enumerate(files):
             header = bitstream.read_header(data, allow_truncated=options.get("allow_truncated", False))
@@ -81,7 +84,10 @@ class FamilyEngine:
         images: dict[int, Image.Image] = {}
         for members in gathered.values():
             group = [files[k] for k in members]
-            decoded = self._engine_for(group[0], options.get("allow_truncated", False)).decode_batch(group, **options)
+            own: DecodeOptions = {**options}
+            if isinstance(seeds, Sequence):
+                own["seed"] = [seeds[k] for k in members]
+            decoded = self._engine_for(group[0], options.get("allow_truncated", False)).decode_batch(group, **own)
             images |= dict(zip(members, decoded, strict=True))
         return [images[k] for k in range(len(files))]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from . import rates
 from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY
-from .checkpoint import Checkpoint, installed
 from .codes import ModelReference
 from .errors import ModelUnavailable
 from .rates import RatePoint
+from .store.checkpoint import Checkpoint, installed
 
 
 @dataclass(frozen=True)

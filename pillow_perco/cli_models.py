@@ -35,9 +35,9 @@ def how_to_install(command: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each model, in a list.")
 def list_command(as_json: bool) -> None:
     """List the models on this machine."""
-    from perco_engine import model_store
+    from perco_engine.store import inventory
 
-    found = model_store.list_models()
+    found = inventory.list_models()
     if as_json:
         told = [
             {
@@ -62,9 +62,9 @@ def list_command(as_json: bool) -> None:
 @how_to_install
 def import_command(folder: Path, **options: Any) -> None:
     """Install a published model FOLDER as it is: checked, its weights as safetensors, the folder left alone."""
-    from perco_engine import model_import
+    from perco_engine.store import install
 
-    tell(model_import.import_folder(folder, **options))
+    tell(install.import_folder(folder, **options))
 
 
 @models.command()
@@ -73,9 +73,9 @@ def import_command(folder: Path, **options: Any) -> None:
 @how_to_install
 def pull(repository: str, **options: Any) -> None:
     """Download a model REPOSITORY (OWNER/NAME) from the hub, and install it; or tell where a family is published."""
-    from perco_engine import model_import
+    from perco_engine.store import install
 
-    tell(model_import.pull(repository, **options))
+    tell(install.pull(repository, **options))
 
 
 def tell(checkpoint: Any) -> None:
@@ -93,16 +93,17 @@ def tell(checkpoint: Any) -> None:
 @click.argument("name", required=False)
 def verify(name: str | None) -> None:
     """Read every file of the model NAME, or of all, and compare it with what was installed."""
-    from perco_engine import model_store, weights
+    from perco_engine import weights
+    from perco_engine.store import inventory
 
     if name is None:
-        folders = [one.folder for one in model_store.list_models()]
+        folders = [one.folder for one in inventory.list_models()]
         names = [folder.name for folder in folders if folder.parent == weights.models_folder()]
     else:
         names = [name]
     damaged = 0
     for one in names:
-        wrong = model_store.verify(one)
+        wrong = inventory.verify(one)
         damaged += bool(wrong)
         click.echo(f"{one}: {'ok' if not wrong else '; '.join(wrong)}")
     if damaged:
@@ -114,11 +115,11 @@ def verify(name: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, yes: bool) -> None:
     """Delete the installed model NAME."""
-    from perco_engine import model_store
+    from perco_engine.store import inventory
 
     if not yes:
-        click.confirm(f"delete {model_store.path(name)}?", abort=True)
-    model_store.remove(name)
+        click.confirm(f"delete {inventory.path(name)}?", abort=True)
+    inventory.remove(name)
     click.echo(f"{name}: removed")
 
 
@@ -126,6 +127,7 @@ def remove(name: str, yes: bool) -> None:
 @click.argument("name", required=False)
 def path(name: str | None) -> None:
     """Print the folder of the model NAME, or of all models."""
-    from perco_engine import model_store, weights
+    from perco_engine import weights
+    from perco_engine.store import inventory
 
-    click.echo(str(weights.models_folder() if name is None else model_store.path(name)))
+    click.echo(str(weights.models_folder() if name is None else inventory.path(name)))

@@ -66,7 +66,7 @@ def test_the_lowest_layer_imports_next_to_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "captioner", "devices", "engine", "family", "model_import", "model_store", "pipeline", "pixels",
+        "captioner", "devices", "engine", "family", "pipeline", "pixels", "store/install", "store/inventory",
         "torchac_backend", "weights",
     ],
 )  # fmt: skip

@@ -17,7 +17,6 @@ from PIL import Image
 
 from perco_engine import reference_files
 from perco_engine.bitstream import container, entropy
-from perco_engine.checkpoint import Checkpoint
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.errors import (
     BitstreamError,
@@ -29,6 +28,7 @@ from perco_engine.errors import (
 )
 from perco_engine.rates import PERCO_SD, RatePoint
 from perco_engine.reference_files import ReferenceFile
+from perco_engine.store.checkpoint import Checkpoint
 from pillow_perco.cli import main
 
 FOLDER = Path(__file__).parent / "parity" / "reference_files"

@@ -10,16 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, weights
+from .. import weights
+from ..errors import InvalidModel, ModelUnavailable
+from ..model_folder import COMPONENT_CLASSES, is_null, read_json
+from ..pipeline import DEFAULTS
+from ..version import __version__
+from . import checkpoint
+from .check import REFERENCE_DESIGNS, check_folder, rate_text
 from .checkpoint import Checkpoint
 from .component_files import bring, is_there
-from .errors import InvalidModel, ModelUnavailable
-from .model_check import REFERENCE_DESIGNS, check_folder, rate_text
-from .model_download import base_component, download
-from .model_folder import COMPONENT_CLASSES, is_null, read_json
-from .model_store import NAME, hashes, problems, staging
-from .pipeline import DEFAULTS
-from .version import __version__
+from .download import base_component, download
+from .inventory import NAME, hashes, problems, staging
 
 REFERENCE_FAMILY = "perco-sd"
 PUBLISHED = (
@@ -46,7 +47,7 @@ def import_folder(
     name: to install it under; default FAMILY-RATE, or, outside of a family, the folder's.
     family: "auto" is perco-sd for a folder of the reference at one of its rates, and none otherwise; "none".
     bpp: the rate that it is thought to be of; an error where it is not.
-    base: a folder or repository that gives what is missing (see model_download.base_component).
+    base: a folder or repository that gives what is missing (see download.base_component).
 
     The same weights under the same name are there already: nothing is done then.
 

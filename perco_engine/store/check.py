@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors import InvalidModel
+from ..model_folder import component_class, load_component
+from ..models.hyper_encoder import LATENT_SIDE, REFERENCE_SIDE_PX
+from ..rates import RatePoint
 from .component_files import WEIGHTLESS
-from .errors import InvalidModel
-from .model_folder import component_class, load_component
-from .models.hyper_encoder import LATENT_SIDE, REFERENCE_SIDE_PX
-from .rates import RatePoint
 
 Shapes = dict[str, tuple[int, ...]]
 

