@@ -16,7 +16,8 @@
     │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
     │   └── UnsupportedRatePoint  the model does not offer this rate point
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
-    └── CoderUnavailable          torchac's extension was asked for and is not built
+    ├── CoderUnavailable          torchac's extension was asked for and is not built
+    └── EvaluationError           an evaluation cannot go on in the folder that it was given
 
 Each message says what is wrong and, where there is something to do, what to do.
 """
@@ -88,3 +89,7 @@ class BudgetTooSmall(PercoError, ValueError):
 
 class CoderUnavailable(PercoError):
     """torchac's compiled extension was asked for and is not built on this machine."""
+
+
+class EvaluationError(PercoError):
+    """An evaluation cannot go on with the results that lie where it is to write, or has nothing to evaluate."""
