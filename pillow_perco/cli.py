@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 import pillow_perco
 from perco_engine.errors import PercoError
 
+from .cli_evaluate import evaluate, select_coco
+
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
 
@@ -192,6 +194,9 @@ def doctor(build_torchac: bool) -> None:
     for line in report():
         click.echo(line)
 
+
+main.add_command(evaluate)
+main.add_command(select_coco)
 
 if __name__ == "__main__":
     sys.exit(main())

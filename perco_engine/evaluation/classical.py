@@ -102,12 +102,11 @@ def show(data: bytes, size: tuple[int, int]) -> Image.Image:
 class Search:
     """The classical files of one photo that were tried, and what was found; kept in a file of JSON lines.
 
-    photo: RGB.  path: of the lines; one for each content of a photo, since they say nothing of which photo they are.
+    path: of the lines, which do not say of which photo they are: one for each content of a photo.
     versions: of each codec, as `available` gives them; other versions are searched again.
     """
 
-    def __init__(self, photo: Image.Image, path: Path, versions: Mapping[str, str]) -> None:
-        self.photo = photo
+    def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
         self._versions = versions
         self._lines = Lines(path, _key)
 
@@ -120,49 +119,52 @@ class Search:
             if line.get("version") == self._versions[codec] and line["codec"] == codec and "scale" in line
         ]
 
-    def run(self, codec: Codec, budgets_bytes: Sequence[int], judges: Mapping[str, Judge]) -> list[Candidate]:
+    def run(
+        self, photo: Image.Image, codec: Codec, budgets_bytes: Sequence[int], judges: Mapping[str, Judge]
+    ) -> list[Candidate]:
         """Tries scales and qualities for every budget, scores whatever fits into the largest, and returns it all.
 
-        What was done by an earlier run is not done again.
+        What was done by an earlier run is not done again.  photo: RGB.
         """
         wanted = {"budgets_bytes": sorted(set(budgets_bytes)), "metrics": sorted(judges)}
         done = self._lines.get((codec.name, self._versions[codec.name], None, None))
         if done is None or any(not set(some) <= set(done[name]) for name, some in wanted.items()):
-            measured = measure(dict(judges), self.photo)
+            measured = measure(judges, photo)
             for scale in (scale for scale in SCALES if scale <= codec.largest_scale):
-                for quality, data in self._fitting(codec, scale, wanted["budgets_bytes"]).items():
+                for quality, data in _fitting(photo, codec, scale, wanted["budgets_bytes"]).items():
                     key = codec.name, self._versions[codec.name], scale, quality
                     line = self._lines.get(key)
                     scores = line["scores"] if line else {}
                     if not set(judges) <= set(scores):
-                        scores = {**scores, **measured(show(data, self.photo.size))}
+                        scores = {**scores, **measured(show(data, photo.size))}
                         found = Candidate(codec.name, scale, quality, len(data), scores)
                         self._lines.append({"version": self._versions[codec.name], **asdict(found)})
             self._lines.append({"codec": codec.name, "version": self._versions[codec.name], **wanted})
         return self.candidates(codec.name)
 
-    def _fitting(self, codec: Codec, scale: float, budgets_bytes: Sequence[int]) -> dict[int, bytes]:
-        """The files at this scale, by quality, that fit into the largest budget.
 
-        Of each budget the finest quality that fits is among them, as far as a file grows with its quality.
-        """
-        tried: dict[int, bytes] = {}
+def _fitting(photo: Image.Image, codec: Codec, scale: float, budgets_bytes: Sequence[int]) -> dict[int, bytes]:
+    """The files at this scale, by quality, that fit into the largest budget.
 
-        def fits(quality: int, budget_bytes: int) -> bool:
-            if quality not in tried:
-                tried[quality] = codec.encode(self.photo, scale, quality)
-            return len(tried[quality]) <= budget_bytes
+    Of each budget the finest quality that fits is among them, as far as a file grows with its quality.
+    """
+    tried: dict[int, bytes] = {}
 
-        for quality in codec.qualities:
-            if not fits(quality, budgets_bytes[-1]):
-                break
-        for budget in budgets_bytes:
-            low = max((quality for quality in tried if fits(quality, budget)), default=None)
-            high = min((quality for quality in tried if low is not None and quality > low), default=None)
-            while low is not None and high is not None and high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle, budget) else (low, middle)
-        return {quality: data for quality, data in tried.items() if len(data) <= budgets_bytes[-1]}
+    def fits(quality: int, budget_bytes: int) -> bool:
+        if quality not in tried:
+            tried[quality] = codec.encode(photo, scale, quality)
+        return len(tried[quality]) <= budget_bytes
+
+    for quality in codec.qualities:
+        if not fits(quality, budgets_bytes[-1]):
+            break
+    for budget in budgets_bytes:
+        low = max((quality for quality in tried if fits(quality, budget)), default=None)
+        high = min((quality for quality in tried if low is not None and quality > low), default=None)
+        while low is not None and high is not None and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle, budget) else (low, middle)
+    return {quality: data for quality, data in tried.items() if len(data) <= budgets_bytes[-1]}
 
 
 def _key(line: Line) -> tuple[Any, ...]:
@@ -170,7 +172,7 @@ def _key(line: Line) -> tuple[Any, ...]:
 
 
 def best(candidates: Iterable[Candidate], budget_bytes: int, metric: str) -> Candidate | None:
-    """Of the files of at most budget_bytes the one that is best in this metric, the smallest of equals; None if none."""
+    """The file of at most budget_bytes that is best in this metric, the smallest of equals; None if there is none."""
     scored = [
         (score, one)
         for one in candidates

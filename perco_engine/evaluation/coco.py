@@ -1,7 +1,7 @@
 """MS-COCO-30k, the set of the published numbers, as PerCo (SD) selects it.
 
 Its list of file names is every third picture of train2017 in the order of the names, 30,000 of them, from
-000000000009.jpg to 000000442539.jpg.  (Found by comparing the list with the pictures' numbers at its beginning and end.)
+000000000009.jpg to 000000442539.jpg.  (So it was found to be where it was compared, at its beginning and its end.)
 """
 
 import json

@@ -3,8 +3,10 @@
 A metric whose package or weights are not on this machine is left out with the reason, and never replaced by another.
 """
 
+import contextlib
+import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +22,9 @@ Score = Callable[[Image.Image], float]
 
 Judge = Callable[[Image.Image], Score]
 """An original, RGB, to the Score of what is decoded of it: what only the original decides is computed once."""
+
+Measure = Callable[[Image.Image], dict[str, float | None]]
+"""A decoded picture to every metric by name; None where one is not defined for its size."""
 
 MOST_PSNR_DB = 100.0
 """The PSNR of equal pictures, so that a mean over photos stays finite."""
@@ -171,8 +176,9 @@ def load(names: Iterable[str], device: torch.device) -> tuple[dict[str, Judge], 
 def attempt(loader: Callable[[torch.device], T], device: torch.device, packages: str) -> tuple[T | None, str]:
     """What the loader gives, or None and the reason: the package or the weights that are missing, and what to do."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other packages, about each other's versions
+        # What other packages print, and warn of about each other's versions, is no part of the results.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             return loader(device), ""
     except ImportError as error:
         return None, f"not available ({error}): pip install {packages}"
@@ -181,8 +187,8 @@ def attempt(loader: Callable[[torch.device], T], device: torch.device, packages:
         return None, f"not available (its weights cannot be loaded: {reason})"
 
 
-def measure(judges: dict[str, Judge], original: Image.Image) -> Callable[[Image.Image], dict[str, float | None]]:
-    """A function that gives every metric of a decoded picture; None where it is not defined for its size."""
+def measure(judges: Mapping[str, Judge], original: Image.Image) -> Measure:
+    """What measures the decoded pictures of an original."""
     defined = {name: min(original.size) >= METRICS[name].least_side_px for name in judges}
     scores = {name: judge(original) for name, judge in judges.items() if defined[name]}
     return lambda decoded: {name: scores[name](decoded) if defined[name] else None for name in judges}
