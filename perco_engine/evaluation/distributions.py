@@ -53,7 +53,8 @@ def kernel_distance(x: Features, y: Features) -> float:
 
 def _mmd(x: Features, y: Features) -> float:
     def kernel(a: Features, b: Features) -> Features:
-        return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
+        base = a @ b.T / a.shape[1] + 1
+        return base * base * base  # a power of floats takes ten times as long
 
     def mean_of_pairs(k: Features) -> float:
         return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))

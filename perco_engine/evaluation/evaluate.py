@@ -89,6 +89,11 @@ class Run:
     skipped: dict[str, str] = field(default_factory=dict)
     warm: bool = False
 
+    @property
+    def name(self) -> str:
+        """The model's, for people."""
+        return Path(self.settings.model).name
+
     def find(self, photo: Photo, bpp: float, steps: int | None) -> Line | None:
         """What was found of this photo, if anything."""
         return self.lines.get((photo.name, photo.sha256, photo.sidecar, bpp, steps))

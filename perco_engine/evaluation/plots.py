@@ -48,11 +48,11 @@ def figure(title: str, metric: str, series: Iterable[Series]) -> dict[str, bytes
         for curve, (color, dashes) in zip((c for c in PUBLISHED if metric in c.points), PUBLISHED_STYLES, strict=False):
             x, y = zip(*curve.points[metric], strict=True)
             axes.plot(x, y, linestyle=dashes, marker=".", color=color, label=curve.label, linewidth=1.2, zorder=1)
-        for curve in (c for c in PUBLISHED if metric in c.bounds):
+        for k, curve in enumerate(c for c in PUBLISHED if metric in c.bounds):
             axes.axhline(curve.bounds[metric], color="#bdbdbd", linewidth=0.8, linestyle=":", zorder=0)
             axes.annotate(
-                curve.label, (0.01, curve.bounds[metric]), xycoords=("axes fraction", "data"), color="#969696",
-                fontsize=7, va="bottom",
+                curve.label, (k % 2, curve.bounds[metric]), xycoords=("axes fraction", "data"), color="#969696",
+                fontsize=7, va="bottom", ha="right" if k % 2 else "left",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel("bits per pixel, whole files, mean of the photos")

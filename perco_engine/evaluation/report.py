@@ -55,7 +55,7 @@ def _title(metric: Metric | SetMetric) -> str:
 def _heading(run: Run) -> str:
     told = run.described
     lines = [
-        f"# {told['model']} on {len(run.photos)} photos",
+        f"# {run.name} on {len(run.photos)} photos",
         f"Weights {told['weights']}, {told['device']}, {told['dtype']}, pillow-perco {told['version']}; means over the "
         f"photos, times are medians; whole files. ↑ higher is better, ↓ lower is better.",
     ]
@@ -101,7 +101,7 @@ def _table_of_opponents(run: Run, found: Sequence[Row], others: Sequence[Opponen
     body = []
     for row in found:
         own = [_value(METRICS[name], row.metrics[name][0]) for name in names]
-        body.append([f"{row.bpp}", f"**{run.settings.model}**, {named(row.steps)}", *own])
+        body.append([f"{row.bpp}", f"**{run.name}**, {named(row.steps)}", *own])
         if row.steps != run.settings.steps[-1]:
             continue
         for codec in codecs:
@@ -152,7 +152,7 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
                 for row in found
                 if row.steps == steps and (value := row.metrics[name][0]) is not None
             ]
-            series.append(plots.Series(f"{run.settings.model}, {named(steps)}", points))
+            series.append(plots.Series(f"{run.name}, {named(steps)}", points))
         for codec in dict.fromkeys(other.codec for other in others):
             points = [
                 (other.bits_per_pixel, other.value)
@@ -161,7 +161,7 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
                 and other.value is not None
                 and other.bits_per_pixel is not None
             ]
-            series.append(plots.Series(f"{_codec(codec)}, same bytes, best by this metric", points, codec))
+            series.append(plots.Series(f"{_codec(codec)} in the same bytes, best by this metric", points, codec))
         drawn = [one for one in series if one.points]
         if not drawn:
             continue
