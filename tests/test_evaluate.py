@@ -139,6 +139,23 @@ def _luma(picture: Image.Image) -> float:
     return float(np.asarray(picture.convert("L")).mean())
 
 
+def test_captions_of_a_captioner_fill_in_for_those_beside_the_photos(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def captioner(images: list[Image.Image]) -> list[str]:
+        asked.append(len(images))
+        return ["a cat"] * len(images)
+
+    monkeypatch.setattr("perco_engine.evaluation.evaluate.get_captioner", lambda *_: captioner)
+    run = evaluate(Settings(**{**settings.__dict__, "captioner": "some", "steps": (0,)}))
+    assert [line["caption"] for line in lines(run)] == ["a cat"] * 2 + ["a barn owl"] * 2
+    assert asked == [1]
+    with pytest.raises(EvaluationError, match=r"captioner 'some' there, None now"):
+        evaluate(settings)
+
+
 def test_results_of_two_models_are_not_mixed(settings: Settings) -> None:
     evaluate(settings)
     before = (settings.out / "results.jsonl").read_bytes()

@@ -8,7 +8,7 @@ import importlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def available(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         if name == "jxl":
             try:
                 importlib.import_module("pillow_jxl")  # registers the format
-                found[name] = version("pillow-jxl-plugin")
+                found[name] = metadata.version("pillow-jxl-plugin")
             except ImportError as error:
                 missing[name] = f"not available ({error}): pip install pillow-jxl-plugin"
             continue
@@ -126,20 +126,20 @@ class Search:
 
         What was done by an earlier run is not done again.  photo: RGB.
         """
-        wanted = {"budgets_bytes": sorted(set(budgets_bytes)), "metrics": sorted(judges)}
-        done = self._lines.get((codec.name, self._versions[codec.name], None, None))
-        if done is None or any(not set(some) <= set(done[name]) for name, some in wanted.items()):
+        budgets, version = sorted(set(budgets_bytes)), self._versions[codec.name]
+        done = self._lines.get((codec.name, version, None, None))
+        if done is None or not (set(budgets) <= set(done["budgets_bytes"]) and set(judges) <= set(done["metrics"])):
             measured = measure(judges, photo)
             for scale in (scale for scale in SCALES if scale <= codec.largest_scale):
-                for quality, data in _fitting(photo, codec, scale, wanted["budgets_bytes"]).items():
-                    key = codec.name, self._versions[codec.name], scale, quality
-                    line = self._lines.get(key)
+                for quality, data in _fitting(photo, codec, scale, budgets).items():
+                    line = self._lines.get((codec.name, version, scale, quality))
                     scores = line["scores"] if line else {}
                     if not set(judges) <= set(scores):
                         scores = {**scores, **measured(show(data, photo.size))}
                         found = Candidate(codec.name, scale, quality, len(data), scores)
-                        self._lines.append({"version": self._versions[codec.name], **asdict(found)})
-            self._lines.append({"codec": codec.name, "version": self._versions[codec.name], **wanted})
+                        self._lines.append({"version": version, **asdict(found)})
+            told = {"budgets_bytes": budgets, "metrics": sorted(judges)}
+            self._lines.append({"codec": codec.name, "version": version, **told})
         return self.candidates(codec.name)
 
 

@@ -31,9 +31,15 @@ def frechet_distance(x: Features, y: Features) -> float:
     centred = [(f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (x, y)]
     shift = np.square(x.mean(0) - y.mean(0)).sum()
     spread = sum(np.square(f).sum() for f in centred)
-    roots = [np.linalg.qr(f, mode="r") if len(f) > f.shape[1] else f for f in centred]
-    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    a, b = (_narrow(f) for f in centred)
+    overlap = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(shift + spread - 2 * overlap)
+
+
+def _narrow(f: Features) -> Features:
+    """At most d rows with the same f.T @ f, so that many pictures cost no more than many features."""
+    rows: Features = np.linalg.qr(f)[1] if len(f) > f.shape[1] else f
+    return rows
 
 
 def kernel_distance(x: Features, y: Features) -> float:
@@ -54,7 +60,8 @@ def kernel_distance(x: Features, y: Features) -> float:
 def _mmd(x: Features, y: Features) -> float:
     def kernel(a: Features, b: Features) -> Features:
         base = a @ b.T / a.shape[1] + 1
-        return base * base * base  # a power of floats takes ten times as long
+        cube: Features = base * base * base  # a power of floats takes ten times as long
+        return cube
 
     def mean_of_pairs(k: Features) -> float:
         return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))

@@ -132,20 +132,12 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
     photos = find_photos(settings.folder, settings.out, settings.limit)
     run = _open(settings)
     for photo in photos:
-        try:
-            image = photo.read()
-        except UNREADABLE as error:
-            run.skipped[photo.name] = f"cannot be read: {error}"
+        why = _left_out(run, photo, tell)
+        if why:
+            run.skipped[photo.name] = why
+            tell(f"{photo.name}: left out, {why}")
         else:
-            try:
-                _evaluate_photo(run, photo, image, tell)
-                run.photos.append(photo)
-            except EvaluationError:
-                raise
-            except PercoError as error:
-                run.skipped[photo.name] = str(error)
-        if photo.name in run.skipped:
-            tell(f"{photo.name}: left out, {run.skipped[photo.name]}")
+            run.photos.append(photo)
     if not run.photos:
         raise EvaluationError(f"no photo of {settings.folder} could be evaluated: {next(iter(run.skipped.values()))}")
     _measure_sets(run, tell)
@@ -179,6 +171,21 @@ def _open(settings: Settings) -> Run:
         codecs,
         missing | without,
     )
+
+
+def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
+    """Does what is to be done for one photo; why it cannot be, or "" if it was."""
+    try:
+        image = photo.read()
+    except UNREADABLE as error:
+        return f"cannot be read: {error}"
+    try:
+        _evaluate_photo(run, photo, image, tell)
+    except EvaluationError:
+        raise
+    except PercoError as error:
+        return str(error)
+    return ""
 
 
 def _evaluate_photo(run: Run, photo: Photo, image: Image.Image, tell: Tell) -> None:

@@ -42,9 +42,9 @@ def figure(title: str, metric: str, series: Iterable[Series]) -> dict[str, bytes
                 axes.plot(x, y, "o-", color=OURS[own % len(OURS)], label=one.label, linewidth=2, markersize=5, zorder=3)
                 own += 1
             else:
-                style = {"color": OTHERS[one.codec], "marker": MARKERS[one.codec], "zorder": 4 if one.codec else 2}
-                size = 22 if one.codec else 150
-                axes.scatter(x, y, s=size, label=one.label, linewidths=0, **style)
+                size, order = (22, 4) if one.codec else (150, 2)  # a star behind the mark of the codec that is best
+                color, marker = OTHERS[one.codec], MARKERS[one.codec]
+                axes.scatter(x, y, s=size, c=color, marker=marker, label=one.label, linewidths=0, zorder=order)
         for curve, (color, dashes) in zip((c for c in PUBLISHED if metric in c.points), PUBLISHED_STYLES, strict=False):
             x, y = zip(*curve.points[metric], strict=True)
             axes.plot(x, y, linestyle=dashes, marker=".", color=color, label=curve.label, linewidth=1.2, zorder=1)

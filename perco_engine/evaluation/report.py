@@ -130,9 +130,12 @@ def _notes(run: Run, found: Sequence[Row]) -> str:
     lines = ["## Metrics", ""]
     for name, (_, count) in found[0].metrics.items():
         metric = _metric(name)
-        samples = f" ({count} a row)" if isinstance(metric, SetMetric) else ""
-        least = f"; not defined below {metric.least_side_px} pixels" if getattr(metric, "least_side_px", 1) > 1 else ""
-        lines.append(f"- {metric.title}: {metric.what}{least}{samples}.")
+        note = ""
+        if isinstance(metric, SetMetric):
+            note = f" ({count} samples a row)"
+        elif metric.least_side_px > 1:
+            note = f"; not defined below {metric.least_side_px} pixels"
+        lines.append(f"- {metric.title}: {metric.what}{note}.")
     for name, why in run.missing.items():
         title = classical.CODECS[name].title if name in classical.CODECS else _metric(name).title
         lines.append(f"- {title}: {why}.")
