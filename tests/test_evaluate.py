@@ -332,7 +332,7 @@ def test_a_plot_says_what_was_not_measured() -> None:
     pytest.importorskip("matplotlib")
     from perco_engine.evaluation import plots
 
-    files = plots.figure("MS-SSIM", "ms_ssim", [plots.Series("ours", [(0.1, 0.8), (0.01, 0.6)])])
+    files = plots.figure("title", "MS-SSIM", "ms_ssim", [plots.Series("ours", [(0.1, 0.8), (0.01, 0.6)])])
     text = files["svg"].decode()
     assert "PerCo (SD), Kodak (published, not measured)" in text and "ours" in text
     with Image.open(io.BytesIO(files["png"])) as picture:

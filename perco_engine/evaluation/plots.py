@@ -24,13 +24,15 @@ class Series:
     codec: str | None = ""
 
 
-def figure(title: str, metric: str, series: Iterable[Series]) -> dict[str, bytes]:
+def figure(title: str, label: str, metric: str, series: Iterable[Series]) -> dict[str, bytes]:
     """The plot of a metric: the model as solid lines, classical files as points, published numbers as broken lines.
 
+    label: of the vertical axis.  metric: its name among the published numbers.
     Returns the files by suffix, "svg" and "png".  Raises ImportError where matplotlib is missing.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     with rc_context({"svg.hashsalt": "perco", "svg.fonttype": "none", "font.size": 10}):
         plot = Figure(figsize=(8, 6), layout="constrained")
@@ -48,19 +50,23 @@ def figure(title: str, metric: str, series: Iterable[Series]) -> dict[str, bytes
         for curve, (color, dashes) in zip((c for c in PUBLISHED if metric in c.points), PUBLISHED_STYLES, strict=False):
             x, y = zip(*curve.points[metric], strict=True)
             axes.plot(x, y, linestyle=dashes, marker=".", color=color, label=curve.label, linewidth=1.2, zorder=1)
-        for k, curve in enumerate(c for c in PUBLISHED if metric in c.bounds):
-            axes.axhline(curve.bounds[metric], color="#bdbdbd", linewidth=0.8, linestyle=":", zorder=0)
+        bounds = sorted((c.bounds[metric], c.label) for c in PUBLISHED if metric in c.bounds)
+        for k, (value, name) in enumerate(bounds):
+            axes.axhline(value, color="#bdbdbd", linewidth=0.8, linestyle=":", zorder=0)
+            top = k == len(bounds) - 1  # of two near each other, one is named above its line, the other below
             axes.annotate(
-                curve.label, (k % 2, curve.bounds[metric]), xycoords=("axes fraction", "data"), color="#969696",
-                fontsize=7, va="bottom", ha="right" if k % 2 else "left",
+                name, (0.01, value), xycoords=("axes fraction", "data"), xytext=(0, 2 if top else -2),
+                textcoords="offset points", va="bottom" if top else "top", color="#969696", fontsize=7,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_xlabel("bits per pixel, whole files, mean of the photos")
-        axes.set_ylabel(title)
-        axes.set_title(title)
-        axes.grid(which="both", color="#e5e5e5", linewidth=0.6)
+        axes.set_ylabel(label)
+        axes.set_title(title, fontsize=11)
+        axes.grid(color="#e5e5e5", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         plot.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         files = {}

@@ -27,7 +27,8 @@ def write(run: Run) -> str:
     found = rows(run)
     chosen = chosen_files(run)
     others = opponents(run, chosen)
-    write_beside(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
+    if chosen:
+        write_beside(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
     pictures = [*_write_plots(run, found, others), *_write_sheets(run, chosen)]
     text = "\n\n".join(
         part
@@ -168,13 +169,14 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
         drawn = [one for one in series if one.points]
         if not drawn:
             continue
+        title, better = _metric(name).title, "higher" if _metric(name).higher_is_better else "lower"
         try:
-            files = plots.figure(_metric(name).title, name, drawn)
+            files = plots.figure(f"{run.name} on {len(run.photos)} photos, {better} is better", title, name, drawn)
         except ImportError as error:
             return [f"Plots: not available ({error}): pip install matplotlib"]
         for suffix, data in files.items():
             write_beside(run.settings.out / "plots" / f"{name}.{suffix}", data)
-        lines.append(f"![{_metric(name).title}](plots/{name}.png)")
+        lines.append(f"![{title}](plots/{name}.png)")
     return lines
 
 
