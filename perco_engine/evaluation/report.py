@@ -45,6 +45,10 @@ def write(run: Run) -> str:
     return text
 
 
+def _subject(run: Run) -> str:
+    return f"{run.name} on {len(run.photos)} photo{'s' * (len(run.photos) > 1)}"
+
+
 def _metric(name: str) -> Metric | SetMetric:
     return METRICS[name] if name in METRICS else SET_METRICS[name]
 
@@ -56,7 +60,7 @@ def _title(metric: Metric | SetMetric) -> str:
 def _heading(run: Run) -> str:
     told = run.described
     lines = [
-        f"# {run.name} on {len(run.photos)} photos",
+        f"# {_subject(run)}",
         f"Weights {told['weights']}, {told['device']}, {told['dtype']}, pillow-perco {told['version']}; means over the "
         f"photos, times are medians; whole files. ↑ higher is better, ↓ lower is better.",
     ]
@@ -171,7 +175,7 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
             continue
         title, better = _metric(name).title, "higher" if _metric(name).higher_is_better else "lower"
         try:
-            files = plots.figure(f"{run.name} on {len(run.photos)} photos, {better} is better", title, name, drawn)
+            files = plots.figure(f"{_subject(run)}, {better} is better", title, name, drawn)
         except ImportError as error:
             return [f"Plots: not available ({error}): pip install matplotlib"]
         for suffix, data in files.items():
