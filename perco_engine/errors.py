@@ -18,7 +18,8 @@
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
-    └── CoderUnavailable          torchac's extension was asked for and is not built
+    ├── CoderUnavailable          torchac's extension was asked for and is not built
+    └── EvaluationError           an evaluation cannot go on in the folder that it was given
 
 Each message says what is wrong and, where there is something to do, what to do.
 """
@@ -98,3 +99,7 @@ class OffloadUnavailable(PercoError):
 
 class CoderUnavailable(PercoError):
     """torchac's compiled extension was asked for and is not built on this machine."""
+
+
+class EvaluationError(PercoError):
+    """An evaluation cannot go on with the results that lie where it is to write, or has nothing to evaluate."""

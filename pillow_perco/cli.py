@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 import pillow_perco
 from perco_engine.errors import PercoError
 
+from .cli_evaluate import evaluate, select_coco
 from .cli_models import models
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
@@ -195,7 +196,8 @@ def doctor(build_torchac: bool) -> None:
 
 
 main.add_command(models)
-
+main.add_command(evaluate)
+main.add_command(select_coco)
 
 if __name__ == "__main__":
     sys.exit(main())

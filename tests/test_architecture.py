@@ -74,6 +74,11 @@ def test_nothing_imports_training_or_evaluation(name: str) -> None:
     assert not {n for n in imports(ENGINE / f"{name}.py") if "training" in n or "evaluation" in n}
 
 
+@pytest.mark.parametrize(("one", "other"), [("training", "evaluation"), ("evaluation", "training")])
+def test_training_and_evaluation_leave_each_other_alone(one: str, other: str) -> None:
+    assert not {path.name: name for path in files(ENGINE / one) for name in imports(path) if other in name.split(".")}
+
+
 def test_only_the_captioner_knows_caption_models_and_only_when_it_is_used() -> None:
     def knows(path: Path, **options: bool) -> bool:
         return any("Blip2For" in name or "ImageTextToText" in name for name in imports(path, **options))

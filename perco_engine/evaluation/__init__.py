@@ -1,1 +1,1 @@
-"""Looking and measuring: contact sheets and benchmarks."""
+"""Looking and measuring: contact sheets, benchmarks, evaluations."""

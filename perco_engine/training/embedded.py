@@ -23,8 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
+from ..models.perceptual import FeatureDistance
 from . import photos
-from .perceptual import FeatureDistance
 from .stage import Stage, autocast, channels_last
 
 LATENT_CHANNELS = 16

@@ -43,9 +43,14 @@ class FeatureDistance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             targets = self.features(y)
+        return self.between(self.features(x), targets)
+
+    @staticmethod
+    def between(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """The distance of two batches by their features: a scalar."""
         return torch.stack(
             [
                 (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).pow(2).sum(1).mean()
-                for a, b in zip(self.features(x), targets, strict=True)
+                for a, b in zip(ours, theirs, strict=True)
             ]
         ).sum()

@@ -1,0 +1,67 @@
+"""The photos of a folder: found, named, read as a person sees them."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from .. import pixels
+from ..errors import EvaluationError
+
+MOST_SIDE_PX = 65535
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What `Photo.read` raises for a file that is no picture, or a damaged or too large one."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo of the folder.
+
+    name: its path in the folder.  place: the same without the suffix, unless another photo has the same without it.
+    sidecar: the caption in the .txt file beside it, or None.
+    """
+
+    path: Path
+    name: str
+    place: str
+    sha256: str
+    sidecar: str | None
+
+    def read(self) -> Image.Image:
+        """The photo upright, in sRGB, without opacity: mode RGB.  Raises UNREADABLE."""
+        with Image.open(self.path) as picture:
+            photo = pixels.to_rgb(pixels.to_srgb(ImageOps.exif_transpose(picture)))
+        if max(photo.size) > MOST_SIDE_PX:
+            raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MOST_SIDE_PX}")
+        return photo
+
+
+def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo]:
+    """The pictures below a folder, sorted by path, at most `limit`: files with a picture's suffix, none below `out`.
+
+    Raises EvaluationError if there is none.
+    """
+    Image.init()
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".perco"}
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in kinds and path.is_file() and out.resolve() not in path.resolve().parents
+    ]
+    if not paths:
+        raise EvaluationError(f"there is no picture in {folder}: name a folder of photos")
+    stems = Counter(path.with_suffix("") for path in paths)
+    return [_photo(folder, path, shared=stems[path.with_suffix("")] > 1) for path in paths[:limit]]
+
+
+def _photo(folder: Path, path: Path, shared: bool) -> Photo:
+    name, text = path.relative_to(folder), path.with_suffix(".txt")
+    return Photo(
+        path,
+        name.as_posix(),
+        (name if shared else name.with_suffix("")).as_posix(),
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+    )

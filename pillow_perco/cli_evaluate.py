@@ -1,0 +1,68 @@
+"""`perco evaluate` and `perco select-coco`: thin commands over perco_engine.evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def listed(text: str | None, kind: type) -> tuple[Any, ...]:
+    """The values of an option that takes several, with commas between them.  Raises click.BadParameter."""
+    try:
+        return tuple(kind(part.strip()) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers with commas between them") from error
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the results.")
+@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
+@click.option("--steps", metavar="A,B,...", help="Denoising steps, a decode each.  [default: the model's]")
+@click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
+@click.option("--against", metavar="A,B,...", help="Classical formats in the same bytes: jpeg,webp,avif,jxl. Slow.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many photos.")
+@click.option("--captioner", metavar="MODEL", help="Writes the captions of photos without a .txt file beside them.")
+def evaluate(
+    folder: Path, out: Path, model: str, bpp: str | None, steps: str | None, metrics: str | None, against: str | None,
+    limit: int | None, captioner: str | None,
+) -> None:  # fmt: skip
+    """Encode and decode the photos of FOLDER at every rate, and measure rates, quality and times.
+
+    Writes .perco files, pictures, results.jsonl, summary.md, plots and contact sheets.  A run that was broken off goes
+    on where it stopped.
+    """
+    from perco_engine.evaluation import evaluate as evaluation
+    from perco_engine.evaluation import report
+
+    settings = evaluation.Settings(
+        folder,
+        out,
+        model,
+        listed(bpp, float),
+        listed(steps, int) or (None,),
+        listed(metrics, str) or evaluation.ALL_METRICS,
+        listed(against, str),
+        limit,
+        captioner,
+    )
+    run = evaluation.evaluate(settings, lambda text: click.echo(text, err=True))
+    click.echo(report.write(run))
+    click.echo(f"\nlook at {out / 'summary.md'}")
+
+
+@click.command("select-coco")
+@click.argument("annotations", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("photos", type=FOLDER)
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+def select_coco(annotations: Path, photos: Path, out: Path) -> None:
+    """Put MS-COCO-30k, as PerCo (SD) selects it, into the folder OUT, each photo with its caption.
+
+    ANNOTATIONS is captions_train2017.json, PHOTOS the folder train2017.
+    """
+    from perco_engine.evaluation.coco import gather
+
+    click.echo(f"{out}: {sum(1 for _ in gather(annotations, photos, out))} photos")
