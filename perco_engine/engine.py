@@ -363,7 +363,8 @@ def get_engine(
     precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
     spec = weights.named(model) if isinstance(model, str) else None
     if spec is not None and spec.is_family:
-        return FamilyEngine(spec, weights.checkpoints(spec), lambda one: load(one, chosen, precision, placement))
+        installed = weights.checkpoints(spec)
+        return FamilyEngine(spec, installed, lambda one: load(one, chosen, precision, placement), chosen, precision)
     return load(weights.find(model), chosen, precision, placement)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Unpack
 
+import torch
 from PIL import Image
 
 from . import bitstream, rates
@@ -19,9 +20,19 @@ class FamilyEngine:
 
     A checkpoint is loaded when it is needed, by `load`, whose cache may drop it again.
     checkpoints: at least one, lowest rate first; of several of one rate, the first encodes.
+    device, dtype: of the networks that `load` loads.
     """
 
-    def __init__(self, family: ModelSpec, checkpoints: Sequence[Model], load: "Callable[[Model], Engine]") -> None:
+    def __init__(
+        self,
+        family: ModelSpec,
+        checkpoints: Sequence[Model],
+        load: "Callable[[Model], Engine]",
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
         self._load = load
         self._checkpoints: dict[rates.RatePoint, Model] = {}
         for checkpoint in checkpoints:

@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme_run(photo: Image.Image, tmp_path: Path, monk
     photo.save("photo.jpg")
     assert len(COMMANDS) >= 6
     for line in COMMANDS:
-        arguments = shlex.split(line)[1:]
+        arguments = shlex.split(line, comments=True)[1:]
         if arguments == ["bench"]:
             arguments += ["--times", "1", "--photo", "photo.jpg"]
         result = CliRunner().invoke(main, arguments)

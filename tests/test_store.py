@@ -222,7 +222,7 @@ def test_the_memory_budget_holds_for_checkpoints(family: Path, small: Image.Imag
     def load(model: weights.Model) -> Engine:
         return cache.get(model.name, lambda: Engine(model, torch.device("cpu"), torch.float32))
 
-    engine = FamilyEngine(spec, weights.checkpoints(spec), load)
+    engine = FamilyEngine(spec, weights.checkpoints(spec), load, torch.device("cpu"), torch.float32)
     one = load(weights.find("perco-sd-0.0019")).size_bytes
     files = [engine.encode(small, bpp=bpp) for bpp in (0.0019, 0.0313)]
     engine.decode_batch(files, steps=1)
