@@ -43,7 +43,7 @@ class ModelSpec:
 REGISTRY = (
     ModelSpec(
         "embedded",
-        1,
+        2,
         rates.EMBEDDED,
         str(Path(__file__).parent / "embedded"),
         "it is part of this package: reinstall pillow-perco",
@@ -57,6 +57,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
+"""The models that files may name.  Id 1 was of embedded weights before the first release, and is not given again."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ def find_for_file(reference: ModelReference, rate_point: int | None = None) -> M
         spec = registered(reference.registry_id)
         if spec is None:
             raise ModelUnavailable(
-                f"the file needs model number {reference.registry_id}, which this release does not know: "
-                f"update pillow-perco"
+                f"the file needs model number {reference.registry_id}, which this release does not know: the file "
+                f"was made by a newer release (update pillow-perco), or by a draft before the first one"
             )
         return _find_in_family(spec, mark, rate_point) if spec.is_family else find(spec.name)
     if mark in _seen:
