@@ -35,6 +35,33 @@ COMPONENT_CLASSES = {
 """Every class that a model folder may name, and the module that it is imported from; those the folder names are not."""
 
 
+OPTIONAL = ("text_encoder", "tokenizer")
+"""Components that a model may have null for."""
+
+DEFAULTS = ("default_num_inference_steps", "default_guidance_scale")
+"""What model_index.json says besides the components."""
+
+OUR_PIPELINE = "PercoPipeline"
+"""The pipeline class of our own folders in model_index.json; published ones name another."""
+
+
+def load_folder(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
+    """The components of a model folder, and its DEFAULTS, by the names that PercoPipeline takes them by.
+
+    Raises InvalidModel, as `load_component` does, and where the folder names too little.
+    """
+    index = read_json(folder / "model_index.json")
+    named = {name: index.get(name) for name in COMPONENT_CLASSES}
+    missing = [name for name, entry in named.items() if is_null(entry) and name not in OPTIONAL]
+    if missing:
+        raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
+    with progress_bars_off():
+        loaded = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
+    if index.get("_class_name") != OUR_PIPELINE:
+        loaded["scheduler"] = with_v_prediction(loaded["scheduler"])
+    return loaded | {name: index[name] for name in DEFAULTS if name in index}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.  Raises InvalidModel where there is none."""
     try:

@@ -14,15 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from .errors import InvalidModel, ModelUnavailable
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
-from .model_folder import COMPONENT_CLASSES, is_null, load_component, progress_bars_off, read_json, with_v_prediction
+from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
 from .prompts import PromptEmbeddings
 
 VAE_FACTOR = 8
 """Pixels a side of one latent."""
-
-DEFAULTS = ("default_num_inference_steps", "default_guidance_scale")
-"""What model_index.json says besides the components."""
 
 
 class PercoPipeline(DiffusionPipeline):
@@ -56,7 +53,7 @@ class PercoPipeline(DiffusionPipeline):
     Source: Careil et al., ICLR 2024 (arXiv 2310.10325), section 3; Körber et al., arXiv 2409.20255.
     """
 
-    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    _optional_components: ClassVar[list[str]] = list(OPTIONAL)
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["hyper_enc"]  # small, and used by more than its forward
@@ -110,18 +107,9 @@ class PercoPipeline(DiffusionPipeline):
         folder = Path(folder)
         if not folder.is_dir():
             raise ModelUnavailable(f"there is no model folder {folder}")
-        index = read_json(folder / "model_index.json")
-        named = {name: index.get(name) for name in COMPONENT_CLASSES}
-        missing = [name for name, entry in named.items() if is_null(entry) and name not in cls._optional_components]
-        if missing:
-            raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
-        with progress_bars_off():
-            components = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
-        if index.get("_class_name") != cls.__name__:
-            components["scheduler"] = with_v_prediction(components["scheduler"])
-        defaults = {name: index[name] for name in DEFAULTS if name in index}
+        loaded = load_folder(folder, torch_dtype)
         try:
-            return cls(**components, **defaults)
+            return cls(**loaded)
         except (TypeError, ValueError) as error:
             raise InvalidModel(f"{folder / 'model_index.json'}: {error}") from error
 

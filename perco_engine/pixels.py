@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from .codes import AlphaMask
@@ -82,6 +82,11 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """(b, 3, h, w) in 0..1 as RGB pictures."""
     levels = (pixels * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def as_seen(photo: Image.Image) -> Image.Image:
+    """A photo as a person sees it: upright, in sRGB."""
+    return to_srgb(ImageOps.exif_transpose(photo))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

@@ -10,12 +10,12 @@ Importing this package registers the format.  Neither importing it nor opening a
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from perco_engine import __version__
+from perco_engine.files import write_beside
 
 from .PercoImagePlugin import OpenerOptions, encode, register
 
@@ -37,24 +37,3 @@ def save(image: Image.Image, path: str | os.PathLike[str], **options: Any) -> No
     The picture is encoded first, written beside `path`, and renamed onto it.  Raises what `image.save` would raise.
     """
     write_beside(path, encode(image, options))
-
-
-def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then renamed."""
-    import tempfile
-
-    target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
-        beside.replace(target)
-    except BaseException:
-        beside.unlink()
-        raise

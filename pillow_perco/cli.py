@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from PIL import Image, ImageOps
+from PIL import Image
 
 import pillow_perco
 from perco_engine.errors import PercoError
+from perco_engine.files import write_beside
 
 from .cli_evaluate import evaluate, select_coco
 from .cli_models import models
@@ -40,10 +41,10 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 def read_photo(path: Path) -> Image.Image:
     """A photo as a person sees it: upright, in sRGB."""
-    from perco_engine.pixels import to_srgb
+    from perco_engine.pixels import as_seen
 
     with Image.open(path) as photo:
-        return to_srgb(ImageOps.exif_transpose(photo))
+        return as_seen(photo)
 
 
 @main.command()
@@ -113,7 +114,7 @@ def decode(
     picture = samples_sheet(pictures, seeds) if samples else pictures[0]
     written = io.BytesIO()
     (picture.convert("RGB") if kind == "JPEG" else picture).save(written, kind)
-    pillow_perco.write_beside(target, written.getvalue())
+    write_beside(target, written.getvalue())
     click.echo(f"{target}: {picture.width}x{picture.height} pixels")
 
 
@@ -148,7 +149,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     with source.open("rb") as file:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
     converted = reference_files.convert(data, bpp)
-    pillow_perco.write_beside(target, converted)
+    write_beside(target, converted)
     click.echo(f"{target}: {len(converted)} bytes, the reference's file has {len(data)}")
 
 

@@ -1,6 +1,7 @@
 """A tiny real model with random weights, and pictures that no two are alike."""
 
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,16 @@ from perco_engine.pipeline import PercoPipeline
 from perco_engine.training.embedded import new_scheduler
 
 PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """The memory that Python had allocated at most while `act` ran."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

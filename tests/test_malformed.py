@@ -1,13 +1,12 @@
 """One case for each way in which a file can be wrong, the error that names it, and bounds on what it may cost."""
 
 import contextlib
-import tracemalloc
 import zlib
-from collections.abc import Callable
 
 import brotli
 import numpy as np
 import pytest
+from conftest import peak_bytes
 from numpy.typing import NDArray
 
 from perco_engine.bitstream import pack, read_header, unpack, unpack_partial
@@ -207,15 +206,6 @@ def test_random_bytes_with_a_right_checksum() -> None:
         with contextlib.suppress(BitstreamError):
             unpack_partial(file_of(body)[:-1], EMBEDDED)
     assert {"TruncatedFile", "InvalidStream", "InvalidHeader", "UnsupportedChunk"} <= outcomes
-
-
-def peak_bytes(act: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        act()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("coding", ["deflate", "Brotli"])

@@ -4,7 +4,6 @@ import ast
 import json
 import pickle
 import pickletools
-import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import peak_bytes
 from PIL import Image
 
 from perco_engine import reference_files
@@ -309,15 +309,6 @@ def test_no_unpickler_is_imported() -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"zlib", "numpy"}
     assert not {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} & {"pickle", "importlib"}
-
-
-def peak_bytes(act: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        act()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_bomb_costs_no_memory() -> None:

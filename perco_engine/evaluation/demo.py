@@ -3,7 +3,6 @@
 import math
 import time
 
-import numpy as np
 from PIL import Image
 
 from perco_engine import get_engine
@@ -11,14 +10,9 @@ from perco_engine.engine import Engine
 from perco_engine.family import FamilyEngine
 
 from .contact_sheet import Cell, contact_sheet
+from .metrics import psnr
 
 LONGEST_SIDE = 768
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB; infinite for equal ones."""
-    mse = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, columns: int = 3) -> tuple[Image.Image, str]:
@@ -35,7 +29,7 @@ def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, columns
         encoded = time.perf_counter()
         picture = engine.decode(data)
         decoded = time.perf_counter()
-        real, ratio, quality = 8 * len(data) / pixels, 3 * pixels / len(data), psnr(photo, picture)
+        real, ratio, quality = 8 * len(data) / pixels, 3 * pixels / len(data), psnr(photo, picture, math.inf)
         cells.append(Cell(picture, (f"{len(data):,} bytes", f"{real:.4f} bits per pixel, 1 : {ratio:,.0f}")))
         table.append(
             f"{point.bpp:>7} {len(data):>6} {real:>9.4f} {ratio:>7,.0f} {quality:>8.2f} "

@@ -29,7 +29,7 @@ from . import classical, distributions, metrics
 from .distributions import SET_METRICS
 from .metrics import METRICS
 from .photo_folder import UNREADABLE, Photo, find_photos
-from .results import Line, Lines, claim, write_beside
+from .results import Line, Lines, claim, write_result
 
 ALL_METRICS = (*METRICS, *SET_METRICS)
 Tell = Callable[[str], None]
@@ -231,7 +231,7 @@ def _code(
     data = run.engine.encode(image, bpp=point.bpp, caption=caption)
     encode_s = time.perf_counter() - start
     file = Path("files", f"{point.bpp}", f"{photo.place}.perco")
-    write_beside(out / file, data)
+    write_result(out / file, data)
     sizes = sizes_bytes(data)
     for steps in all_steps:
         start = time.perf_counter()
@@ -240,7 +240,7 @@ def _code(
         picture = Path("pictures", f"{point.bpp}", folder_name(steps), f"{photo.place}.png")
         buffer = io.BytesIO()
         decoded.save(buffer, "PNG")
-        write_beside(out / picture, buffer.getvalue())
+        write_result(out / picture, buffer.getvalue())
         run.lines.append(
             {
                 "photo": photo.name,

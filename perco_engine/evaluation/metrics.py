@@ -53,11 +53,11 @@ class Metric:
         return a > b if self.higher_is_better else a < b
 
 
-def psnr(original: Image.Image, decoded: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB, over all 8-bit samples; at most 100."""
+def psnr(original: Image.Image, decoded: Image.Image, most_db: float = MOST_PSNR_DB) -> float:
+    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB, over all 8-bit samples; at most `most_db`."""
     difference = np.asarray(original, np.float64) - np.asarray(decoded, np.float64)
     mse = float(np.mean(difference**2))
-    return min(MOST_PSNR_DB, 10 * float(np.log10(255**2 / mse))) if mse else MOST_PSNR_DB
+    return min(most_db, 10 * float(np.log10(255**2 / mse))) if mse else most_db
 
 
 def to_tensor(picture: Image.Image, device: torch.device) -> Tensor:

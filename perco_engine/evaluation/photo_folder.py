@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .. import pixels
 from ..errors import EvaluationError
@@ -32,7 +32,7 @@ class Photo:
     def read(self) -> Image.Image:
         """The photo upright, in sRGB, without opacity: mode RGB.  Raises UNREADABLE."""
         with Image.open(self.path) as picture:
-            photo = pixels.to_rgb(pixels.to_srgb(ImageOps.exif_transpose(picture)))
+            photo = pixels.to_rgb(pixels.as_seen(picture))
         if max(photo.size) > MOST_SIDE_PX:
             raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MOST_SIDE_PX}")
         return photo

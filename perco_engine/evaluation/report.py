@@ -12,8 +12,8 @@ from .distributions import SET_METRICS, SetMetric
 from .evaluate import Run, folder_name, named
 from .metrics import METRICS, Metric
 from .published import PUBLISHED
-from .results import Line, write_beside
-from .summary import Opponent, Row, chosen_files, opponents, rows
+from .results import Line, write_result
+from .summary import Opponent, Row, best_lines, chosen_files, opponents, rows
 
 SHEET_PHOTOS = 8
 SHEET_CELL_PX = 320
@@ -28,7 +28,7 @@ def write(run: Run) -> str:
     chosen = chosen_files(run)
     others = opponents(run, chosen)
     if chosen:
-        write_beside(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
+        write_result(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
     pictures = [*_write_plots(run, found, others), *_write_sheets(run, chosen)]
     text = "\n\n".join(
         part
@@ -41,7 +41,7 @@ def write(run: Run) -> str:
         )
         if part
     )
-    write_beside(out / "summary.md", (text + "\n").encode())
+    write_result(out / "summary.md", (text + "\n").encode())
     return text
 
 
@@ -179,7 +179,7 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
         except ImportError as error:
             return [f"Plots: not available ({error}): pip install matplotlib"]
         for suffix, data in files.items():
-            write_beside(run.settings.out / "plots" / f"{name}.{suffix}", data)
+            write_result(run.settings.out / "plots" / f"{name}.{suffix}", data)
         lines.append(f"![{title}](plots/{name}.png)")
     return lines
 
@@ -187,17 +187,13 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
 def _write_sheets(run: Run, chosen: Sequence[Line]) -> list[str]:
     """Writes a contact sheet for each number of steps; returns the lines of the summary that show them."""
     metric = next((name for name in SHEET_METRICS if name in run.judges), None)
-    best: dict[tuple[str, float], Line] = {}
-    for line in (line for line in chosen if line["metric"] == metric):
-        kept = best.setdefault((line["photo"], line["bpp"]), line)
-        if METRICS[line["metric"]].is_better(line["value"], kept["value"]):
-            best[line["photo"], line["bpp"]] = line
+    best = best_lines((line for line in chosen if line["metric"] == metric), lambda line: (line["photo"], line["bpp"]))
     lines = []
     for steps in run.settings.steps:
         buffer = io.BytesIO()
         _sheet(run, steps, metric, best).save(buffer, "PNG")
         name = f"sheet-{folder_name(steps)}.png"
-        write_beside(run.settings.out / name, buffer.getvalue())
+        write_result(run.settings.out / name, buffer.getvalue())
         lines.append(f"![contact sheet, {named(steps)}]({name})")
     return lines
 

@@ -6,20 +6,16 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import EvaluationError
 
 Line = dict[str, Any]
 
 
-def write_beside(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then renamed; makes the folders above it."""
+def write_result(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, and makes the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write_beside(path, data)
 
 
 class Lines:
@@ -37,7 +33,7 @@ class Lines:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            write_beside(path, whole)
+            write_result(path, whole)
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
@@ -72,7 +68,7 @@ def claim(out: Path, settings: Line) -> None:
     """
     path = out / "run.json"
     if not path.exists():
-        write_beside(path, json.dumps(settings, indent=1).encode())
+        write_result(path, json.dumps(settings, indent=1).encode())
         return
     try:
         found = json.loads(path.read_bytes())

@@ -1,14 +1,14 @@
 """What an evaluation found, as means over its photos."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import classical
 from .distributions import SET_METRICS
 from .evaluate import Run, named, photos_mark
-from .metrics import METRICS, Metric
+from .metrics import METRICS
 from .results import Line
 
 PARTS = ("hyper_latent", "text", "other", "total")
@@ -109,24 +109,32 @@ def _chosen(line: Line, metric: str, best: classical.Candidate) -> Line:
     }
 
 
+def best_lines(chosen: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, Line]:
+    """Of the chosen files with the same key, all of one metric, the one that is best in it; the first of equals."""
+    best: dict[Any, Line] = {}
+    for line in chosen:
+        kept = best.setdefault(key(line), line)
+        if METRICS[line["metric"]].is_better(line["value"], kept["value"]):
+            best[key(line)] = line
+    return best
+
+
 def opponents(run: Run, chosen: Sequence[Line]) -> list[Opponent]:
     """Means of the chosen files, for each rate, codec (and the best of all codecs) and metric."""
     return [
-        _opponent(chosen, point.bpp, codec, METRICS[name], len(run.photos))
+        _opponent(chosen, point.bpp, codec, name, len(run.photos))
         for point in run.points
         for codec in (*run.codecs, *([None] if len(run.codecs) > 1 else []))
         for name in run.judges
     ]
 
 
-def _opponent(chosen: Sequence[Line], bpp: float, codec: str | None, metric: Metric, photos: int) -> Opponent:
-    best: dict[str, dict[str, Any]] = {}
-    for line in chosen:
-        if (line["bpp"], line["metric"]) == (bpp, metric.name) and codec in (None, line["codec"]):
-            kept = best.setdefault(line["photo"], line)
-            if metric.is_better(line["value"], kept["value"]):
-                best[line["photo"]] = line
+def _opponent(chosen: Sequence[Line], bpp: float, codec: str | None, metric: str, photos: int) -> Opponent:
+    of_this = [
+        line for line in chosen if (line["bpp"], line["metric"]) == (bpp, metric) and codec in (None, line["codec"])
+    ]
+    best = best_lines(of_this, lambda line: line["photo"])
     if not best or len(best) < photos:
-        return Opponent(bpp, codec, metric.name, None, None, len(best))
+        return Opponent(bpp, codec, metric, None, None, len(best))
     value, real = (statistics.fmean(line[name] for line in best.values()) for name in ("value", "bits_per_pixel"))
-    return Opponent(bpp, codec, metric.name, value, real, len(best))
+    return Opponent(bpp, codec, metric, value, real, len(best))

@@ -12,8 +12,7 @@ from typing import Any
 
 from .. import weights
 from ..errors import InvalidModel, ModelUnavailable
-from ..model_folder import COMPONENT_CLASSES, is_null, read_json
-from ..pipeline import DEFAULTS
+from ..model_folder import COMPONENT_CLASSES, DEFAULTS, is_null, read_json
 from ..version import __version__
 from . import checkpoint
 from .check import REFERENCE_DESIGNS, check_folder, rate_text

@@ -263,12 +263,8 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
         stage.update(loss, commitment=commitment / len(errors), **figures)
 
 
-def export(run: Path, folder: Path, keep: int) -> None:
-    """Writes the averaged weights of the last stage that has a checkpoint as a model folder, in fp16 shards.
-
-    keep: how many of the ladder's levels, counted from the finest, are taken as the ladder stage left them: the joint
-        stage may make a level worse than it found it (see LOG.md).
-    """
+def export(run: Path, folder: Path) -> None:
+    """Writes the averaged weights of the last stage that has a checkpoint as a model folder, in fp16 shards."""
     from ..pipeline import PercoPipeline
 
     vae, _ = load_autoencoder(run)
@@ -276,9 +272,6 @@ def export(run: Path, folder: Path, keep: int) -> None:
     if (run / "joint.pt").exists():
         for name, module in (("vae", vae), ("ladder", ladder), ("unet", unet)):
             finished(run, "joint", name, module)
-        before = finished(run, "ladder", "ladder", HyperLadder(LATENT_CHANNELS))
-        for rung, earlier in list(zip(ladder.levels, before.levels, strict=True))[len(ladder.levels) - keep :]:
-            rung.load_state_dict(earlier.state_dict())
     else:
         finished(run, "ladder", "ladder", ladder)
     pipeline = PercoPipeline(
@@ -333,9 +326,8 @@ def _joint(folder: Path, run: Path, minutes: float, limit: int | None, start: Pa
 @main.command("export")
 @click.option("--run", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--out", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--keep", type=click.IntRange(0), default=1, show_default=True, help="Finest levels of the ladder stage.")
-def _export(run: Path, folder: Path, keep: int) -> None:
-    export(run, folder, keep)
+def _export(run: Path, folder: Path) -> None:
+    export(run, folder)
 
 
 if __name__ == "__main__":
