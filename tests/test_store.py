@@ -16,7 +16,7 @@ from conftest import opened_size
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perco_engine import bitstream, get_engine, weights
+from perco_engine import bitstream, devices, get_engine, weights
 from perco_engine.bitstream.header import checksum
 from perco_engine.codes import ModelReference
 from perco_engine.devices import WeightsCache
@@ -77,6 +77,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store."""
     monkeypatch.setenv("PERCO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(weights, "_seen", {})
     return tmp_path / "home" / "models"
 
 
@@ -195,6 +196,45 @@ def test_max_bytes_takes_the_best_that_fits(family: Path, photo: Image.Image) ->
         with pytest.raises(ValueError, match="max_bytes"):
             engine.encode(photo, max_bytes=wrong)  # type: ignore[arg-type]
     assert bitstream.read_header(engine.encode(photo, max_bytes=113, caption="a fox")).rate_point == 0
+
+
+def test_pictures_are_captioned_once_however_many_rates_are_tried(family: Path, photo: Image.Image) -> None:
+    engine, calls = get_engine("perco-sd"), []
+
+    def captioner(images: object) -> list[str]:
+        calls.append(len(images))  # type: ignore[arg-type]
+        return ["a large owl", "a small owl"]
+
+    large, small = engine.encode_batch([photo, photo.resize((64, 48))], max_bytes=60, captioner=captioner)
+    assert calls == [2]
+    assert (engine.codes(large).caption, engine.codes(small).caption) == ("a large owl", "a small owl")
+    assert engine.codes(large).rate_point < engine.codes(small).rate_point
+    assert engine.encode_batch([photo] * 2, max_bytes=60, caption=["a large owl", ""])[0] == large
+    for wrong in (["one"], ["one", 2], 5):
+        with pytest.raises(ValueError, match="caption"):
+            engine.encode_batch([photo] * 2, max_bytes=60, caption=wrong)  # type: ignore[arg-type]
+
+
+def test_a_family_s_file_is_decoded_by_a_folder_that_was_not_imported(
+    family: Path, sources: dict[str, Path], small: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "x.perco", tmp_path / "out.png"
+    small.save(path, model="perco-sd", bpp=0.0019)
+    expected = get_engine("perco-sd").decode(path.read_bytes(), steps=2)
+    monkeypatch.setenv("PERCO_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(weights, "_seen", {})
+    assert perco("decode", path, out, "--steps", 2).exit_code == 1
+    result = perco("decode", path, out, "--steps", 2, "--model", sources["other"])
+    assert result.exit_code == 1 and "the file needs perco-sd at 0.0019 bpp" in result.output
+    assert perco("decode", path, out, "--steps", 2, "--model", sources["low"]).exit_code == 0
+    with Image.open(out) as picture:
+        assert picture.tobytes() == expected.tobytes()
+    devices.cache.clear()
+    data = bytearray(path.read_bytes()[:-2])
+    data[4] += 3  # 0.0313 bpp
+    wrong = bytes(data) + checksum(bytes(data))
+    with pytest.raises(InvalidModel, match=r"low is of 0\.0019 bpp, and was to be of 0\.0313"):
+        get_engine(sources["low"]).decode(wrong)
 
 
 def test_opacity_stays_until_the_lowest_rate(family: Path, photo: Image.Image) -> None:
@@ -369,6 +409,17 @@ def test_a_pickle_that_wants_more_is_refused_and_not_run(
     assert not list(store.parent.rglob("*.*"))
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(10**12), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")]
+)
+def test_a_pickle_of_tensors_that_are_not_stored_in_full(tensor: torch.Tensor, tmp_path: Path) -> None:
+    """A stride of 0 would make terabytes of it."""
+    torch.save({"a": tensor}, tmp_path / "x.bin")
+    with pytest.raises(InvalidModel, match=r"a is no plain tensor"):
+        convert_pickle(tmp_path / "x.bin", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize("contents", [[1, 2], {"a": 1}, {}, {1: torch.zeros(1)}])
 def test_a_pickle_of_something_else(contents: object, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "x.bin")
@@ -430,6 +481,10 @@ WRONG = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"no model_index\.json"),
     "a broken index": (lambda f: edit(f / "model_index.json", unet="unet"), r"unet must be \[module, class\]"),
     "a class of its own": (lambda f: edit(f / "model_index.json", vae=["evil", "Vae"]), "vae is a Vae, which this"),
+    "quantized weights": (
+        lambda f: rewrite(f / "unet" / WEIGHTS, lambda s: s.update({k: v.to(torch.int8) for k, v in s.items()})),
+        r"unet are quantized: \S+ is I8, not one of F64, F32, F16, BF16",
+    ),
     "no vocabulary": (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer is not in the folder"),
 }  # fmt: skip
 
@@ -675,7 +730,7 @@ def test_remove_asks(store: Path, sources: dict[str, Path]) -> None:
     assert (store / "perco-sd-0.0019").is_dir()
     assert perco("models", "remove", "perco-sd-0.0019", "--yes").exit_code == 0
     assert not list(store.iterdir()) and not list((store.parent / "importing").iterdir())
-    for name in ("perco-sd-0.0019", "embedded", "..", "", "perco-sd"):
+    for name in ("perco-sd-0.0019", "..", ""):
         result = perco("models", "remove", name, "--yes")
         assert result.exit_code == 1 and "is installed: there is none" in result.output
     assert (weights.find("embedded").folder / "model_index.json").exists()
@@ -749,3 +804,53 @@ def test_former_names_of_weights_are_known(store: Path, sources: dict[str, Path]
     image = Image.radial_gradient("L").convert("RGB").resize((64, 64))
     mine, plain = get_engine("perco-sd"), get_engine(sources["low"])
     assert mine.decode(mine.encode(image), steps=1).tobytes() == plain.decode(plain.encode(image), steps=1).tobytes()
+
+
+def test_licence_and_card_come_along(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, base = (Path(shutil.copytree(sources["low"], tmp_path / name)) for name in ("mine", "base"))
+    shutil.rmtree(folder / "vae")
+    (folder / "LICENSE.txt").write_text("mine")
+    (folder / "readme.md").write_text("a card")
+    (folder / "notes.txt").write_text("no document")
+    (base / "LICENSE").write_text("the base's")
+    installed = install.import_folder(folder, base=str(base))
+    texts = {path.relative_to(installed.folder).as_posix(): path.read_text() for path in (
+        *installed.folder.glob("*.*"), *installed.folder.glob("base/*")) if path.suffix != ".json"}  # fmt: skip
+    assert texts == {"LICENSE.txt": "mine", "readme.md": "a card", "base/LICENSE": "the base's"}
+    assert {"LICENSE.txt", "base/LICENSE"} < set(installed.files)
+    assert installed.fingerprint == weights.fingerprint(sources["low"])
+    (folder / "LICENSE.txt").unlink()
+    assert install.import_folder(folder, base=str(base)).files == installed.files  # the same weights: nothing new
+
+
+def test_errors_name_what_was_to_be_imported(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, base = (Path(shutil.copytree(sources["low"], tmp_path / name)) for name in ("mine", "base"))
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert f"{folder}: scheduler is a EulerDiscreteScheduler" in perco("models", "import", folder).output
+    shutil.rmtree(folder / "vae")
+    cut_file(base / "vae" / WEIGHTS)
+    assert f"{base / 'vae' / WEIGHTS} is damaged" in perco("models", "import", folder, "--base", base).output
+    assert f"it holds {base} and {folder}: import that" in perco("models", "import", tmp_path).output
+
+
+def test_a_family_s_name_stands_for_its_checkpoints(store: Path, sources: dict[str, Path]) -> None:
+    assert "nothing is installed" in perco("models", "verify").output
+    assert "not on this machine" in perco("models", "verify", "perco-sd").output
+    for name in ("low", "high"):
+        install.import_folder(sources[name])
+    names = ["perco-sd-0.0019", "perco-sd-0.0313"]
+    assert perco("models", "verify", "perco-sd").output.splitlines() == [f"{name}: ok" for name in names]
+    assert perco("models", "path", "perco-sd").output.splitlines() == [str(store / name) for name in names]
+    assert "part of this package" in perco("models", "remove", "embedded", "--yes").output
+    assert perco("models", "remove", "perco-sd", "--yes").exit_code == 0 and not list(store.iterdir())
+
+
+def test_models_with_a_damaged_record_or_none(store: Path, sources: dict[str, Path], jpeg: Path) -> None:
+    install.import_folder(sources["low"], name="mine")
+    record = store / "mine" / "perco.json"
+    record.write_text("{")
+    result = perco("encode", jpeg, jpeg.with_suffix(".perco"), "--model", "mine")
+    assert "the record of the model 'mine' is damaged: perco models remove mine" in result.output
+    record.unlink()
+    assert "put here by hand" in perco("models", "verify", "mine").output
+    assert weights.find("mine").folder == store / "mine"
