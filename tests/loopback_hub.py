@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = (".safetensors", ".bin")
@@ -20,7 +21,7 @@ class Hub(ThreadingHTTPServer):
     """Repositories on a port of the loopback interface.
 
     repositories: a commit and a folder by name; every branch and tag is that commit.
-    cut: how many bytes of large files are sent before the connection breaks; None: all.
+    most: how many bytes of large files are sent in all before all connections break; None: no limit.
     forged: bytes that are sent instead of a file's own, by its path; sizes must agree.
     requests: what was asked for, as "GET /path bytes=10-".
     """
@@ -30,7 +31,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repositories: Mapping[str, tuple[str, Path]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
-        self.cut: int | None = None
+        self.most: int | None = None
         self.forged: dict[str, bytes] = {}
         self.requests: list[str] = []
 
@@ -78,12 +79,16 @@ class _Handler(BaseHTTPRequestHandler):
         files = []
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                entry = {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size}
+                entry: dict[str, Any] = {
+                    "type": "file",
+                    "path": path.relative_to(folder).as_posix(),
+                    "size": path.stat().st_size,
+                }
                 entry["oid"] = _git_blob_id(path.read_bytes())
                 if path.suffix in LARGE:
                     entry["lfs"] = {"oid": _sha256(path.read_bytes()), "size": entry["size"], "pointerSize": 134}
                 files.append(entry)
-        about = {"id": repository, "sha": commit, "siblings": [{"rfilename": file["path"]} for file in files]}
+        about = {"id": repository, "sha": commit, "siblings": [sibling(file) for file in files]}
         self.send(200, json.dumps(files if tree else about).encode(), {"Content-Type": "application/json"}, with_body)
 
     def give(self, commit: str, folder: Path, name: str, wanted: str, with_body: bool) -> None:
@@ -102,25 +107,33 @@ class _Handler(BaseHTTPRequestHandler):
         if part := re.fullmatch(r"bytes=(\d+)-", wanted):
             status, start = 206, int(part[1])
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        self.send(status, data[start:], headers, with_body, self.server.cut if large else None)
+        self.send(status, data[start:], headers, with_body, limited=large)
 
     def fail(self, status: int, code: str) -> None:
         self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": code}, with_body=False)
 
     def send(
-        self, status: int, body: bytes, headers: Mapping[str, str], with_body: bool, cut: int | None = None
+        self, status: int, body: bytes, headers: Mapping[str, str], with_body: bool, *, limited: bool = False
     ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if with_body:
-            self.wfile.write(body[:cut])
-        if cut is not None and cut < len(body):
-            self.close_connection = True
+            sent = body[: self.server.most] if limited else body
+            self.wfile.write(sent)
+            if limited and self.server.most is not None:
+                self.server.most -= len(sent)
+            self.close_connection = len(sent) < len(body)
 
     def log_message(self, *_: object) -> None:
         """Nothing is printed."""
+
+
+def sibling(file: dict[str, Any]) -> dict[str, Any]:
+    """A file as the hub tells it along with a model, from how it tells it in a tree."""
+    lfs = file.get("lfs") and {**file["lfs"], "sha256": file["lfs"]["oid"]}
+    return {"rfilename": file["path"], "size": file["size"], "blobId": file["oid"], "lfs": lfs}
 
 
 @contextmanager

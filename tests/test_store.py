@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import loopback_hub
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -30,6 +32,7 @@ from perco_engine.store.component_files import convert_pickle
 from pillow_perco.cli import main
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
+URL_OF_A_FILE = "/{repo_id}/resolve/{revision}/{filename}"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -666,6 +669,61 @@ def test_what_the_hub_has_given_is_installed_at_its_revision(
         install.pull("somebody/perco-low")
     with pytest.raises(ModelUnavailable, match="cannot be downloaded"):
         install.pull("somebody/perco-low", revision="f" * 40)
+
+
+@pytest.fixture
+def loopback(
+    store: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[loopback_hub.Hub]:
+    """A hub with one repository, somebody/perco-low; the library's pauses between its attempts are left out."""
+    folder = Path(shutil.copytree(sources["low"], tmp_path / "repository"))
+    (folder / "LICENSE").write_text("take it")
+    (folder / "README.md").write_text("a card")
+    (folder / "everything.ckpt").write_bytes(b"not wanted")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+    with loopback_hub.hub({"somebody/perco-low": ("0123456789abcdef" * 2 + "01234567", folder)}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.url + URL_OF_A_FILE)
+        yield server
+
+
+def test_pulling_from_a_hub(loopback: loopback_hub.Hub, store: Path, sources: dict[str, Path]) -> None:
+    commit = loopback.repositories["somebody/perco-low"][0]
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 0 and f"installed from somebody/perco-low at revision {commit}" in result.output
+    record = json.loads((store / "perco-sd-0.0019" / "perco.json").read_text())
+    assert record["revision"] == commit and record["files"].keys() >= {"LICENSE", "README.md", f"unet/{WEIGHTS}"}
+    assert weights.fingerprint(store / "perco-sd-0.0019") == weights.fingerprint(sources["low"])
+    assert not any("everything.ckpt" in request for request in loopback.requests)
+    loopback.requests.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+    assert not any("/resolve/" in request for request in loopback.requests)
+    assert "no 'somebody/else' that you may" in perco("models", "pull", "somebody/else").output
+    assert "at revision 'v9'" in perco("models", "pull", "somebody/perco-low", "--revision", "v9").output
+
+
+def test_a_download_that_was_broken_off_goes_on_where_it_stopped(loopback: loopback_hub.Hub, store: Path) -> None:
+    loopback.most = 50_000
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 1 and "goes on where it stopped" in result.output and not store.exists()
+    begun = list((store.parent / "downloading").iterdir())
+    assert [path.stat().st_size for path in begun] == [50_000]
+    loopback.most = None
+    loopback.requests.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+    assert [request for request in loopback.requests if request.endswith("bytes=50000-")]
+    assert not list((store.parent / "downloading").iterdir())
+
+
+def test_what_arrives_is_held_against_the_hub_s_hash(loopback: loopback_hub.Hub, store: Path) -> None:
+    data = (loopback.repositories["somebody/perco-low"][1] / "unet" / WEIGHTS).read_bytes()
+    loopback.forged[f"unet/{WEIGHTS}"] = data[:-1] + bytes([data[-1] ^ 1])
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 1 and f"unet/{WEIGHTS} did not arrive as the hub has it" in result.output
+    loopback.forged.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
 
 
 def test_a_base_on_the_hub(
