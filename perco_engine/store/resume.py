@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def fetch_large_files(repository: str, revision: str | None, patterns: Sequence[
     hub has for it.
     """
     import huggingface_hub
-    from huggingface_hub import constants, file_download, utils
+    from huggingface_hub import constants, file_download
 
     try:
         about = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -37,16 +38,16 @@ def fetch_large_files(repository: str, revision: str | None, patterns: Sequence[
     folder = file_download.repo_folder_name(repo_id=repository, repo_type="model")
     blobs = Path(constants.HF_HUB_CACHE, folder, "blobs")
     wanted = {file.rfilename: file.lfs for file in about.siblings or [] if file.lfs is not None}
-    for name in utils.filter_repo_objects(sorted(wanted), allow_patterns=list(patterns)):
-        lfs = wanted[name]
-        if not (blobs / lfs.sha256).exists():
+    for name, lfs in wanted.items():
+        if any(fnmatch(name, pattern) for pattern in patterns) and not (blobs / lfs.sha256).exists():
             url = huggingface_hub.hf_hub_url(repository, name, revision=about.sha)
             _fetch(url, name, lfs.sha256, lfs.size, blobs / lfs.sha256)
 
 
 def _fetch(url: str, name: str, sha256: str, size: int, target: Path) -> None:
     """Fetches one file to `target`, by way of its beginning in PERCO_HOME."""
-    from huggingface_hub import file_download, utils
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     begun = weights.home() / FOLDER / sha256
     begun.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def _fetch(url: str, name: str, sha256: str, size: int, target: Path) -> None:
         there = file.tell()
         options: dict[str, Any] = {"resume_size": there, "expected_size": size, "displayed_filename": name}
         if there < size:
-            file_download.http_get(url, file, headers=utils.build_hf_headers(), **options)
+            file_download.http_get(url, file, headers=build_hf_headers(), **options)
     with begun.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
