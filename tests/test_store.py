@@ -16,10 +16,13 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import opened_size
 from PIL import Image
+from safetensors.numpy import save_file as save_prior
 from safetensors.torch import load_file, save_file
+from test_prior import tensors as prior_tensors
 
 from perco_engine import bitstream, devices, get_engine, weights
 from perco_engine.bitstream.header import checksum
+from perco_engine.bitstream.prior import PRIOR_FILE
 from perco_engine.codes import ModelReference
 from perco_engine.devices import WeightsCache
 from perco_engine.engine import Engine
@@ -912,3 +915,15 @@ def test_models_with_a_damaged_record_or_none(store: Path, sources: dict[str, Pa
     record.unlink()
     assert "put here by hand" in perco("models", "verify", "mine").output
     assert weights.find("mine").folder == store / "mine"
+
+
+def test_a_prior_comes_along(store: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Without it an installed model would write other bytes than its folder, and have another fingerprint."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
+    (folder / PRIOR_FILE).parent.mkdir(exist_ok=True)
+    save_prior(prior_tensors(), folder / PRIOR_FILE)
+    installed = install.import_folder(folder)
+    assert PRIOR_FILE in installed.files and installed.fingerprint == weights.fingerprint(folder)
+    (folder / PRIOR_FILE).write_bytes(b"{")
+    with pytest.raises(InvalidModel, match=f"cannot read {folder / PRIOR_FILE}"):
+        install.import_folder(folder, name="other")

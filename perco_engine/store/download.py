@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..bitstream.prior import PRIOR_FILE
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES
 from .component_files import is_there
@@ -48,7 +49,12 @@ def download(repository: str, revision: str | None = None, components: Sequence[
     Raises ModelUnavailable, with what to do by hand, where there is no network, no such repository or no access.
     """
     names = components or tuple(COMPONENT_CLASSES)
-    patterns = ["model_index.json", *_DOCUMENTS, *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS)]
+    patterns = [
+        "model_index.json",
+        PRIOR_FILE,
+        *_DOCUMENTS,
+        *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS),
+    ]
     folder = _snapshot(repository, revision, patterns)
     poor = [name for name in names if (folder / name).is_dir() and not is_there(folder, name)]
     if poor:

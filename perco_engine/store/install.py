@@ -5,12 +5,14 @@ published folder ─> copy, convert, complete ─> check every key and shape ─
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import weights
+from ..bitstream.prior import PRIOR_FILE, Prior
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES, DEFAULTS, is_null, read_json
 from ..version import __version__
@@ -95,6 +97,7 @@ def _install(
         entries, origins = _gather(source, folder, base, link=bool(revision))
         try:
             components = check_folder(folder, entries)
+            Prior.load(folder)
         except InvalidModel as error:
             raise InvalidModel(_as_found(str(error), folder, source, origins)) from error
         point = components["hyper_enc"].rate_points[0]
@@ -182,6 +185,9 @@ def _gather(
                 f"{source} has no {name} with settings and weights, which no base model can give: download it again"
             )
     bring_documents(source, folder)
+    if (source / PRIOR_FILE).is_file():
+        (folder / PRIOR_FILE).parent.mkdir()
+        shutil.copyfile(source / PRIOR_FILE, folder / PRIOR_FILE)
     kept = {key: index[key] for key in ("_class_name", "_diffusers_version", *DEFAULTS) if key in index}
     text = json.dumps(kept | dict(sorted(entries.items())), indent=1)
     (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
