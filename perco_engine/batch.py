@@ -333,16 +333,14 @@ class _Networks:
 
     def load(self, encodes: bool) -> None:
         """Loads the model for encoding; makes a folder's model known for decoding.  Once only."""
-        from .engine import Engine, get_engine
+        from .engine import get_engine
         from .weights import find
 
         if self._loaded:
             return
         if encodes:
             self._engine = get_engine(self._settings.model)
-            quick = isinstance(self._engine, Engine) and self._engine.steps <= 1
-            wanted = quick if self._settings.thumbnails is None else self._settings.thumbnails
-            self.make_thumbnails = wanted and thumbnails.cache_folder() is not None
+            self.make_thumbnails = thumbnails.is_wanted(self._settings.thumbnails, self._engine)
         elif self._settings.model != "embedded":
             find(self._settings.model)
         self._loaded = True
