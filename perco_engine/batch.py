@@ -223,6 +223,8 @@ class _Work:
                 taken = pixels
 
             try:
+                if task.problem:
+                    raise ValueError(task.problem)
                 item = (
                     _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, self._settings, take)
                 )

@@ -190,11 +190,19 @@ def demo(photo: Path, out: Path) -> None:
 @click.option(
     "--times", type=click.IntRange(1), default=5, show_default=True, help="Runs of which the median is taken."
 )
-def bench(photo: Path, as_json: bool, times: int) -> None:
+@click.option(
+    "--convert", "count", type=click.IntRange(4), metavar="N",
+    help="Instead: convert N photos, and run the networks alone on the same ones.",
+)  # fmt: skip
+def bench(photo: Path, as_json: bool, times: int, count: int | None) -> None:
     """Measure what importing, opening, encoding and decoding cost on this machine."""
     from perco_engine.evaluation import bench as benchmark
+    from perco_engine.evaluation import bench_convert
 
-    result = benchmark.measure(read_photo(photo), times)
+    if count is None:
+        result = benchmark.measure(read_photo(photo), times)
+    else:
+        result = bench_convert.measure(read_photo(photo), count)
     click.echo(benchmark.to_json(result) if as_json else benchmark.table(result))
 
 
