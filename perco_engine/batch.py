@@ -38,6 +38,9 @@ PIXELS_IN_FLIGHT = 48 << 20
 MOST_IN_BATCH = 32
 """Small pictures are not kept back for longer than that."""
 
+MOST_IN_BATCH_CPU = 4
+"""A CPU gains nothing from more, which only take memory."""
+
 MAX_FILE_BYTES = 256 << 20
 """Of a .perco file: what the plugin takes."""
 
@@ -417,12 +420,19 @@ def _state(path: Path) -> os.stat_result:
     return state
 
 
-def _next_batch(waiting: dict[tuple[Any, ...], list[_Item]]) -> list[_Item]:
-    """Takes the next batch out of the pictures that wait: those of the size that has waited longest."""
+def most_in_batch(pixels: int) -> int:
+    """How many pictures of so many pixels go through the networks together."""
+    from .devices import best_device
     from .engine import BATCH_PIXELS
 
+    most = MOST_IN_BATCH_CPU if best_device().type == "cpu" else MOST_IN_BATCH
+    return min(most, max(1, BATCH_PIXELS // pixels))
+
+
+def _next_batch(waiting: dict[tuple[Any, ...], list[_Item]]) -> list[_Item]:
+    """Takes the next batch out of the pictures that wait: those of the size that has waited longest."""
     key, items = next(iter(waiting.items()))
-    most = min(MOST_IN_BATCH, max(1, BATCH_PIXELS // items[0].pixels))
+    most = most_in_batch(items[0].pixels)
     del waiting[key]
     if len(items) > most:
         waiting[key] = items[most:]

@@ -191,7 +191,7 @@ def demo(photo: Path, out: Path) -> None:
     "--times", type=click.IntRange(1), default=5, show_default=True, help="Runs of which the median is taken."
 )
 @click.option(
-    "--convert", "count", type=click.IntRange(4), metavar="N",
+    "--convert", "count", type=click.IntRange(10), metavar="N",
     help="Instead: convert N photos, and run the networks alone on the same ones.",
 )  # fmt: skip
 def bench(photo: Path, as_json: bool, times: int, count: int | None) -> None:

@@ -1,5 +1,6 @@
 """The warm engine: its folder, its manners with others, and what clients do where there is none."""
 
+import contextlib
 import json
 import os
 import socket
@@ -73,7 +74,9 @@ def hostile(runtime: Path) -> None:
             connection.connect(str(runtime / "engine.socket"))
             connection.sendall(message)
             connection.shutdown(socket.SHUT_WR)
-            assert connection.recv(100) == b""
+            # What was not read may make it a reset.
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
 
 
 def test_it_ends_when_nobody_asks(runtime: Path) -> None:

@@ -1,6 +1,6 @@
 """`perco bench --convert N`: what a conversion of many files costs beside the networks that it runs.
 
-Both are measured in one run and in turns, a quarter of the files each: a machine is not equally fast at all times.
+Both are measured in one run and in turns, a tenth of the files each: a machine is not equally fast at all times.
 """
 
 import sys
@@ -15,24 +15,22 @@ from .. import batch
 from ..conversion import Request, plan
 from .bench import SIZE, machine
 
-TURNS = 4
+TURNS = 10
 
 
 def measure(photo: Image.Image, count: int) -> dict[str, Any]:
     """The throughput of converting `count` JPEG photos of 768x512, and of the networks alone on the same ones.
 
     The networks get pictures that are in memory, in the batches that the conversion makes at most.  Thumbnails, which
-    come when the files are written, are left out.  Memory is the process's highest, after the first quarter and at the
-    end.  Raises RuntimeError where a file fails.
+    come when the files are written, are left out.  Memory is the process's highest, after the first tenth and at the end.  Raises RuntimeError where a file fails.
     """
     import torch
 
     from perco_engine import get_engine
-    from perco_engine.engine import BATCH_PIXELS
 
     engine = get_engine()
     photo = ImageOps.fit(photo.convert("RGB"), SIZE)
-    most = min(batch.MOST_IN_BATCH, BATCH_PIXELS // (SIZE[0] * SIZE[1]))
+    most = batch.most_in_batch(SIZE[0] * SIZE[1])
     engine.encode_batch([photo] * most)
     converting = alone = 0.0
     peaks = []
@@ -63,7 +61,7 @@ def measure(photo: Image.Image, count: int) -> dict[str, Any]:
             "perco convert (photos/s)": round(count / converting, 3),
             "networks alone (photos/s)": round(count / alone, 3),
             "throughput, of the networks alone": round(alone / converting, 4),
-            "peak memory after a quarter (MB)": round(peaks[0], 1),
+            "peak memory after a tenth (MB)": round(peaks[0], 1),
             "peak memory at the end (MB)": round(peaks[-1], 1),
         },
     }
