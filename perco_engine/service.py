@@ -213,6 +213,7 @@ class _Service:
         self._busy = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._importing = threading.Thread(target=_import_engine, daemon=True)
 
     def serve(self) -> None:
         """Answers until it is told to stop or nobody has asked for long enough.  Returns at once if another does."""
@@ -229,6 +230,8 @@ class _Service:
                 address.chmod(0o600)
                 listening.listen(MAX_CONNECTIONS)
                 listening.settimeout(0.2)
+                # Warm when the first request comes, and answering from the start.
+                self._importing.start()
                 try:
                     self._accept_all(listening)
                 finally:
@@ -281,6 +284,8 @@ class _Service:
         return {"ok": True, "mode": picture.mode, "size": picture.size}, picture.tobytes()
 
     def _decode(self, data: bytes, model: str | None, options: dict[str, Any]) -> "Image.Image":
+        # Two threads that import the same packages at once can wait for each other for ever.
+        self._importing.join()
         from .bitstream import read_header
         from .engine import get_engine_for
         from .weights import find
@@ -296,10 +301,7 @@ class _Service:
 
 def main(idle_seconds: float = IDLE_SECONDS) -> None:
     """Serves until it is told to stop, or until nobody has asked for so many seconds."""
-    service = _Service(idle_seconds)
-    # Warm when the first request comes, and answering from the start.
-    threading.Thread(target=_import_engine, daemon=True).start()
-    service.serve()
+    _Service(idle_seconds).serve()
     # Not waiting for a picture that nobody will get.
     os._exit(0)
 

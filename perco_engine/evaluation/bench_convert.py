@@ -22,7 +22,8 @@ def measure(photo: Image.Image, count: int) -> dict[str, Any]:
     """The throughput of converting `count` JPEG photos of 768x512, and of the networks alone on the same ones.
 
     The networks get pictures that are in memory, in the batches that the conversion makes at most.  Thumbnails, which
-    come when the files are written, are left out.  Memory is the process's highest, after the first tenth and at the end.  Raises RuntimeError where a file fails.
+    come when the files are written, are left out.
+    Memory is the process's highest.  Raises RuntimeError where a file fails.
     """
     import torch
 
