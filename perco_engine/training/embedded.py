@@ -1,18 +1,22 @@
-"""Trains the embedded model from nothing, in three stages, each restartable from its last checkpoint.
+"""Trains the embedded model from nothing, in four stages, each restartable from its last checkpoint.
 
     python -m perco_engine.training.embedded autoencoder --photos FOLDER --run FOLDER --minutes 15
     python -m perco_engine.training.embedded ladder      --photos FOLDER --run FOLDER --minutes 12
     python -m perco_engine.training.embedded joint       --photos FOLDER --run FOLDER --minutes 80
-    python -m perco_engine.training.embedded export      --run FOLDER --out FOLDER
+    python -m perco_engine.training.embedded export      --run FOLDER --out MODEL
+    python -m perco_engine.training.embedded prior       --photos FOLDER --run FOLDER --minutes 15 --start MODEL
+    python -m perco_engine.training.embedded export-prior --run FOLDER --out MODEL
 
 autoencoder: principal components, least squares, then L1 + feature distance.
 ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
 joint: ladder, decoder and U-Net together, through the decoded picture: L1, squared error, SSIM and feature distance
     of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
     every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
+prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +29,19 @@ from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from . import photos
+from .prior import export_prior, train_prior
 from .stage import Stage, autocast, channels_last
 
 LATENT_CHANNELS = 16
 
-FEATURE_WEIGHTS = (0.24, 0.16, 0.12, 0.12, 0.12)
+FEATURE_WEIGHTS = (0.5, 0.4, 0.25, 0.2, 0.14)
 """What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
+
+CROPS = ((2, 384), (3, 320), (4, 256), (8, 192), (8, 192))
+"""Crops of a batch and their side at each level: the coarser the codes, the more of a photo they must be seen in."""
+
+WALK = (999, 749, 499, 249)
+"""The timesteps of decoding in four steps; the first alone is decoding in one."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -211,50 +222,49 @@ def new_scheduler() -> Any:
     )
 
 
-def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size: int, start: Path | None) -> None:
-    vae, deviation = load_autoencoder(run)
-    ladder = finished(run, "ladder", "ladder", HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
-    unet = new_unet()
-    if start is not None:
-        from ..pipeline import PercoPipeline
+def train_joint(run: Path, pictures: list[Any], minutes: float, start: Path, frozen_codes: bool) -> None:
+    from ..pipeline import PercoPipeline
 
-        earlier = PercoPipeline.from_pretrained(start)
-        vae.decoder.load_state_dict(earlier.vae.decoder.state_dict())
-        unet.load_state_dict(earlier.unet.state_dict())
-    vae.decoder.requires_grad_(True)
-    mind_codebooks(ladder, size * (side // 8) ** 2)
+    earlier = PercoPipeline.from_pretrained(start)
+    vae, ladder, unet = (
+        module.float().requires_grad_(False) for module in (earlier.vae, earlier.hyper_enc, earlier.unet)
+    )
+    deviation = pixel_deviation(vae)
+    for module in (vae.decoder, unet):
+        module.requires_grad_(True)
+    ladder.requires_grad_(not frozen_codes)
+    mind_codebooks(ladder, 2 * 48**2)
     scheduler = new_scheduler()
-    last = scheduler.config.num_train_timesteps - 1
     distance = channels_last(FeatureDistance())
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
-    stage = Stage(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 4e-4)
+    stage = Stage(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 3e-4)
     vae.eval()
-    ladder.train()
+    ladder.train(not frozen_codes)
     unet.train()
-    data = photos.batches(pictures, side, size, random.randrange(2**31))
+    seed = random.randrange(2**31)
+    data = [photos.batches(pictures, side, size, seed + side) for size, side in CROPS]
     for step in stage.steps():
-        x = next(data).contiguous(memory_format=torch.channels_last)
         level = random.randrange(len(ladder.levels))
+        x = next(data[level]).contiguous(memory_format=torch.channels_last)
         with autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()
             estimates, _, commitment = ladder.climb(z, level)
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
-            terminal = torch.full((len(z),), last)
-            guess = unet(noise, terminal, None, local_features=local).sample.float()
+            guess = walk(unet, scheduler, noise, local, WALK[: random.choice((1, 1, 1, 1, 2, 3, 4))])
             picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
-        loss = picture + 0.2 * torch.stack(errors).sum() + 0.2 * commitment
+        loss = picture + 0.1 * torch.stack(errors).sum() + 0.2 * commitment
         if step % 4 == 0:
-            t = torch.randint(0, last + 1, (len(z),))
+            t = torch.randint(0, WALK[0] + 1, (len(z),))
             with autocast():
                 noisy = scheduler.add_noise(z, noise, t)
                 denoised = unet(noisy, t, None, local_features=local.detach()).sample
             figures["diffusion"] = latent_error(denoised, z, deviation)
-            loss = loss + 0.4 * figures["diffusion"]
+            loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with autocast():
                 preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, FEATURE_WEIGHTS[level])
@@ -263,17 +273,24 @@ def train_joint(run: Path, pictures: list[Any], minutes: float, side: int, size:
         stage.update(loss, commitment=commitment / len(errors), **figures)
 
 
+def walk(unet: nn.Module, scheduler: Any, noise: Tensor, local: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """Latents as DDIM finds them in these timesteps from pure noise, with a gradient through the last one alone."""
+    guess = noise
+    for k, timestep in enumerate(timesteps):
+        t = torch.full((len(noise),), timestep)
+        with torch.set_grad_enabled(k == len(timesteps) - 1):
+            noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
+            guess = unet(noisy, t, None, local_features=local).sample.float()
+    return guess
+
+
 def export(run: Path, folder: Path) -> None:
-    """Writes the averaged weights of the last stage that has a checkpoint as a model folder, in fp16 shards."""
+    """Writes the averaged weights of the joint stage as a model folder, in fp16 shards."""
     from ..pipeline import PercoPipeline
 
-    vae, _ = load_autoencoder(run)
-    ladder, unet = HyperLadder(LATENT_CHANNELS), new_unet()
-    if (run / "joint.pt").exists():
-        for name, module in (("vae", vae), ("ladder", ladder), ("unet", unet)):
-            finished(run, "joint", name, module)
-    else:
-        finished(run, "ladder", "ladder", ladder)
+    vae, ladder, unet = PatchAutoencoder(LATENT_CHANNELS), HyperLadder(LATENT_CHANNELS), new_unet()
+    for name, module in (("vae", vae), ("ladder", ladder), ("unet", unet)):
+        finished(run, "joint", name, module)
     pipeline = PercoPipeline(
         vae=vae, hyper_enc=ladder, unet=unet, scheduler=new_scheduler(),
         default_num_inference_steps=1, default_guidance_scale=1.0,
@@ -318,9 +335,28 @@ def _ladder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
 
 
 @_stage("joint", 80)
-@click.option("--start", type=click.Path(path_type=Path, exists=True), help="Model folder: its decoder and U-Net.")
-def _joint(folder: Path, run: Path, minutes: float, limit: int | None, start: Path | None) -> None:
-    train_joint(run, _open(folder, run, limit), minutes, side=192, size=8, start=start)
+@click.option(
+    "--start", type=click.Path(path_type=Path, exists=True), required=True, help="Model folder to go on from."
+)
+@click.option("--frozen-codes", is_flag=True, help="Leave the ladder as it is: the codes of a photo stay the same.")
+def _joint(folder: Path, run: Path, minutes: float, limit: int | None, start: Path, frozen_codes: bool) -> None:
+    train_joint(run, _open(folder, run, limit), minutes, start, frozen_codes)
+
+
+@_stage("prior", 15)
+@click.option(
+    "--start", type=click.Path(path_type=Path, exists=True), required=True, help="The model folder it is for."
+)
+@click.option("--crops", default=3000, show_default=True, help="How many crops to learn from.")
+def _prior(folder: Path, run: Path, minutes: float, limit: int | None, start: Path, crops: int) -> None:
+    train_prior(run, _open(folder, run, limit), minutes, start, crops)
+
+
+@main.command("export-prior")
+@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--out", "folder", type=click.Path(path_type=Path, exists=True), required=True)
+def _export_prior(run: Path, folder: Path) -> None:
+    export_prior(run, folder)
 
 
 @main.command("export")

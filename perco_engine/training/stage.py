@@ -30,7 +30,7 @@ def pace(name: str) -> float:
     The U-Net learns fast: it starts from nothing between networks that are trained already.
     """
     if name.startswith("ladder.levels.") and ".encoder." in name:
-        return 0.2
+        return 0.35
     return 2.0 if name.startswith("unet.") else 1.0
 
 
