@@ -12,8 +12,9 @@ import pillow_perco
 from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
 
+from .cli_compare import compare
 from .cli_convert import convert
-from .cli_evaluate import evaluate, select_coco
+from .cli_evaluate import evaluate, find_peers, select_coco
 from .cli_models import models
 from .cli_view import service, view
 
@@ -224,7 +225,9 @@ main.add_command(models)
 main.add_command(convert)
 main.add_command(view)
 main.add_command(service)
+main.add_command(compare)
 main.add_command(evaluate)
+main.add_command(find_peers)
 main.add_command(select_coco)
 
 if __name__ == "__main__":
