@@ -15,6 +15,7 @@ from perco_engine.files import write_beside
 
 from .cli_evaluate import evaluate, select_coco
 from .cli_models import models
+from .cli_train import train
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
@@ -199,6 +200,7 @@ def doctor(build_torchac: bool) -> None:
 main.add_command(models)
 main.add_command(evaluate)
 main.add_command(select_coco)
+main.add_command(train)
 
 if __name__ == "__main__":
     sys.exit(main())
