@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from . import bitstream, pixels, rates, weights
+from .bitstream.prior import Prior
 from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
 from .devices import best_device, best_dtype, cache, weights_bytes
@@ -81,6 +82,7 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
+        self._prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -181,7 +183,7 @@ class Engine:
             codes, data = self._fit(codes, image, max_bytes)
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
-                longer = bitstream.pack(seeded, self._file_rate_points, coder=CODER)
+                longer = self._pack(seeded)
                 data = longer if max_bytes is None or len(longer) <= max_bytes else data
             files.append(data)
         return files
@@ -195,9 +197,12 @@ class Engine:
             errors += [float(np.square(np.asarray(picture, np.float32) - original).mean()) for picture in decoded]
         return errors.index(min(errors))
 
+    def _pack(self, codes: Codes) -> bytes:
+        return bitstream.pack(codes, self._file_rate_points, prior=self._prior, coder=CODER)
+
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
-        data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
+        data = self._pack(codes)
         smallest = len(data)
         while max_bytes is not None and len(data) > max_bytes:
             if len(codes.indices) > 1:
@@ -210,7 +215,7 @@ class Engine:
                     f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
                     f"opacity), or reduce the picture"
                 )
-            data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
+            data = self._pack(codes)
             smallest = min(smallest, len(data))
         return codes, data
 
@@ -289,7 +294,9 @@ class Engine:
                 f"the file is of {points[header.rate_point].bpp} bpp, and the weights that it names, "
                 f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
             )
-        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, points, coder=CODER)
+        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
+            data, points, prior=self._prior, coder=CODER
+        )
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""

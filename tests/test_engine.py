@@ -112,8 +112,8 @@ def test_an_absurd_size_costs_nothing() -> None:
 
 
 def test_a_rate_point_that_the_model_does_not_have() -> None:
-    body = b"\x93PCo\x1f\x02\x00\x07\x00\x07\x00"
-    with pytest.raises(UnsupportedRatePoint, match="rate point 15"):
+    body = b"\x93PCo\x17\x02\x00\x07\x00\x07\x00"
+    with pytest.raises(UnsupportedRatePoint, match="rate point 7"):
         get_engine().decode(body + checksum(body))
 
 

@@ -1,10 +1,11 @@
-"""The recipe embedded: trains the embedded model from nothing, in three stages, each restartable.
+"""The recipe embedded: trains the embedded model from nothing, in four stages, each restartable.
 
 autoencoder: principal components, least squares, then L1 + feature distance.
 ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
 joint: ladder, decoder and U-Net together, through the decoded picture: L1, squared error, SSIM and feature distance
     of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
     every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
+prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 
 A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
 a name in settings.StageName, and a table of its own in settings.Embedded.
@@ -12,9 +13,10 @@ a name in settings.StageName, and a table of its own in settings.Embedded.
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..errors import InvalidSettings, TrainingError
-from ..model_folder import progress_bars_off
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
@@ -30,6 +31,7 @@ from ..models.unet import UNet2DConditionModel
 from .crops import Crops
 from .journal import Tell
 from .photos import random_crop, to_tensor
+from .prior import train_prior
 from .processes import accelerated
 from .settings import Embedded, StageName
 from .sources import UNREADABLE, open_source
@@ -37,16 +39,14 @@ from .stage import Run, Stage, channels_last
 
 LATENT_CHANNELS = 16
 
-FEATURE_WEIGHTS = (0.24, 0.16, 0.12, 0.12, 0.12)
+FEATURE_WEIGHTS = (0.5, 0.4, 0.25, 0.2, 0.14)
 """What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
+
+WALK = (999, 749, 499, 249)
+"""The timesteps of decoding in four steps; the first alone is decoding in one."""
 
 MODEL = "model"
 """The finished model's folder, in the run's."""
-
-NETWORKS: dict[str, Any] = {"vae": PatchAutoencoder, "hyper_enc": HyperLadder, "unet": UNet2DConditionModel}
-"""The networks by their names in a model folder."""
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def check(settings: Embedded) -> None:
@@ -105,30 +105,6 @@ def picture_loss(
     return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim}
 
 
-def begun(run: Run, stages: tuple[StageName, ...], name: str, fresh: Callable[[], M] | None = None) -> M:
-    """The network `name`, frozen, as the first of these stages that is done gave it; else the start folder's, or fresh.
-
-    Raises TrainingError where there is none of them, or it cannot be loaded.
-    """
-    places = [run.folder(stage) / "finished" / name for stage in stages]
-    if run.settings.start is not None:
-        places.append(run.settings.start / name)
-    found = next((place for place in places if place.is_dir()), None)
-    if found is not None:
-        try:
-            with progress_bars_off():
-                network: M = NETWORKS[name].from_pretrained(found, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise TrainingError(f"cannot load {found}: {error}") from error
-    elif fresh is not None:
-        network = fresh()
-    else:
-        raise TrainingError(
-            f"there is no {name} yet: let the stage {' or '.join(stages)} come first (stages), or name a start folder"
-        )
-    return network.requires_grad_(False).eval()
-
-
 def sample(run: Run, count: int, seed: int) -> Tensor:
     """Random crops (count, 3, 256, 256) that belong to no step."""
     crops = Crops(run.source, random_crop, 256, seed, count)
@@ -136,7 +112,7 @@ def sample(run: Run, count: int, seed: int) -> Tensor:
 
 
 def train_autoencoder(run: Run) -> None:
-    vae = begun(run, (), "vae", lambda: PatchAutoencoder(LATENT_CHANNELS)).requires_grad_(True)
+    vae = run.begun((), "vae", lambda: PatchAutoencoder(LATENT_CHANNELS)).requires_grad_(True)
     if run.is_new("autoencoder") and run.settings.start is None:
         pictures = sample(run, run.settings.sample, 0)
         vae.fit_analysis(F.unfold(pictures, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8))
@@ -147,7 +123,7 @@ def train_autoencoder(run: Run) -> None:
     vae.synthesis.requires_grad_(False)
     stage = Stage(run, "autoencoder", {"vae": channels_last(vae)})
     distance = channels_last(FeatureDistance()).to(stage.device)
-    data = stage.crops()
+    data = stage.crops(run.settings.autoencoder.batch_size, run.settings.autoencoder.side)
     vae.train()
     for _ in stage.steps():
         x = next(data)
@@ -175,7 +151,7 @@ def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
 
 def autoencoder(run: Run) -> tuple[PatchAutoencoder, Tensor]:
     """The autoencoder of the first stage, frozen, on the device, and its `pixel_deviation`."""
-    vae: PatchAutoencoder = begun(run, ("autoencoder",), "vae")
+    vae: PatchAutoencoder = run.begun(("autoencoder",), "vae")
     return vae.to(run.accelerator.device), pixel_deviation(vae).to(run.accelerator.device)
 
 
@@ -229,20 +205,14 @@ def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
 
 def train_ladder(run: Run) -> None:
     vae, deviation = autoencoder(run)
-    ladder = begun(run, (), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
+    ladder = run.begun((), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
     fresh = run.is_new("ladder") and run.settings.start is None
     if fresh:
         for rung in ladder.levels:
             rung.metric.copy_(deviation**0.75)
     side, size = run.settings.ladder.side // 8, run.settings.ladder.batch_size
     mind_codebooks(ladder, size * run.accelerator.num_processes * side**2)
-    path = run.folder("ladder") / "latents.pt"
-    if run.accelerator.is_main_process and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(cache_latents(channels_last(vae).eval(), run, (1.0, 0.6)), path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
-    run.accelerator.wait_for_everyone()
-    cached = torch.load(path, weights_only=True)
+    cached = run.kept("ladder", "latents.pt", lambda: cache_latents(channels_last(vae), run, (1.0, 0.6)))
     ladder.to(run.accelerator.device)
     if fresh:
         with torch.no_grad(), run.autocast():
@@ -295,48 +265,49 @@ def new_scheduler() -> Any:
 
 
 def train_joint(run: Run) -> None:
+    settings = run.settings.joint
     vae, deviation = autoencoder(run)
-    ladder: HyperLadder = begun(run, ("ladder",), "hyper_enc").requires_grad_(True)
-    unet = begun(run, (), "unet", new_unet).requires_grad_(True)
+    ladder: HyperLadder = run.begun(("ladder",), "hyper_enc").requires_grad_(not settings.frozen_codes)
+    unet = run.begun((), "unet", new_unet).requires_grad_(True)
     unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
-    if run.settings.start is not None:
-        earlier: PatchAutoencoder = begun(run, (), "vae")
-        vae.decoder.load_state_dict(earlier.decoder.state_dict())
     vae.decoder.requires_grad_(True)
-    side, size = run.settings.joint.side, run.settings.joint.batch_size
+    size, side = settings.crops[0]
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
-    last = scheduler.config.num_train_timesteps - 1
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     distance = channels_last(FeatureDistance()).to(stage.device)
     vae.eval()
-    ladder.train()
+    ladder.train(not settings.frozen_codes)
     unet.train()
-    data = stage.crops()
+
+    def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
+        return run.rng("joint", step).randrange(len(ladder.levels))
+
+    done = Counter(level_of(step) for step in range(stage.progress.step))
+    data = [stage.crops(size, side, level, done[level]) for level, (size, side) in enumerate(settings.crops)]
     for step in stage.steps():
-        x = next(data)
-        level = run.rng("joint", step).randrange(len(ladder.levels))
+        level = level_of(step)
+        x = next(data[min(level, len(data) - 1)])
         with run.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()
             estimates, _, commitment = ladder.climb(z, level)
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
-            terminal = torch.full((len(z),), last, device=stage.device)
-            guess = unet(noise, terminal, None, local_features=local).sample.float()
+            guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice((1, 1, 1, 1, 2, 3, 4))])
             picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
-        loss = picture + 0.2 * torch.stack(errors).sum() + 0.2 * commitment
+        loss = picture + 0.1 * torch.stack(errors).sum() + 0.2 * commitment
         if step % 4 == 0:
-            t = torch.randint(0, last + 1, (len(z),), device=stage.device)
+            t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
             with run.autocast():
                 noisy = scheduler.add_noise(z, noise, t)
                 denoised = unet(noisy, t, None, local_features=local.detach()).sample
             figures["diffusion"] = latent_error(denoised, z, deviation)
-            loss = loss + 0.4 * figures["diffusion"]
+            loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with run.autocast():
                 preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, FEATURE_WEIGHTS[level])
@@ -347,18 +318,32 @@ def train_joint(run: Run) -> None:
     stage.finish(vae=averaged["vae"], hyper_enc=averaged["ladder"], unet=averaged["unet"])
 
 
+def walk(unet: nn.Module, scheduler: Any, noise: Tensor, local: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """Latents as DDIM finds them in these timesteps from pure noise, with a gradient through the last one alone."""
+    guess = noise
+    for k, timestep in enumerate(timesteps):
+        t = torch.full((len(noise),), timestep, device=noise.device)
+        with torch.set_grad_enabled(k == len(timesteps) - 1):
+            noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
+            guess = unet(noisy, t, None, local_features=local).sample.float()
+    return guess
+
+
 def export(run: Run, folder: Path) -> None:
     """Writes what the stages that are done gave as a model folder, in fp16 shards, whole or not at all."""
     from ..pipeline import PercoPipeline
 
     pipeline = PercoPipeline(
-        vae=begun(run, ("joint", "autoencoder"), "vae"),
-        hyper_enc=begun(run, ("joint", "ladder"), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)),
-        unet=begun(run, ("joint",), "unet", new_unet),
+        vae=run.begun(("joint", "autoencoder"), "vae"),
+        hyper_enc=run.begun(("joint", "ladder"), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)),
+        unet=run.begun(("joint",), "unet", new_unet),
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+    prior = run.find(("prior",), "prior")
+    if prior is not None:
+        shutil.copytree(prior, partial / "prior")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -367,5 +352,6 @@ TRAIN: dict[StageName, Callable[[Run], None]] = {
     "autoencoder": train_autoencoder,
     "ladder": train_ladder,
     "joint": train_joint,
+    "prior": train_prior,
 }
 """What a stage's name in the settings does."""

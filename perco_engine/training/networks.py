@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils import logging
 from torch import nn
 
 from ..errors import InvalidModel, InvalidSettings, ModelUnavailable
@@ -82,7 +85,7 @@ def load_unet(path: Path, local_features_channels: int) -> UNet2DConditionModel:
     """Stable Diffusion's U-Net, or PerCo's, with an extended first layer.  Raises InvalidModel."""
     unet: UNet2DConditionModel
     try:
-        with progress_bars_off():
+        with progress_bars_off(), quiet():
             unet, info = UNet2DConditionModel.from_pretrained(
                 path,
                 local_files_only=True,
@@ -101,6 +104,17 @@ def load_unet(path: Path, local_features_channels: int) -> UNet2DConditionModel:
     if missing:
         extend(unet)
     return unet
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps diffusers from warning of layers that a folder lacks, where that is as it should be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Interval, MinLen, MultipleOf
 from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from ..errors import InvalidSettings
@@ -26,6 +26,9 @@ from ..rates import PERCO_SD
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Side = Annotated[int, Ge(88), MultipleOf(8)]
+"""Pixels a side of a crop of the embedded model: what SSIM of four scales needs, and whole latents."""
+
 Share = Annotated[float, Interval(ge=0, le=1)]
 Name = Annotated[str, MinLen(1)]
 
@@ -286,22 +289,52 @@ class PercoSd:
     validation: Validation | None = None
 
 
-StageName = Literal["autoencoder", "ladder", "joint"]
+StageName = Literal["autoencoder", "ladder", "joint", "prior"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSettings:
-    """One stage of the embedded model's training: for so many minutes, or for so many steps.
+class Clock:
+    """How long a stage of the embedded model's training takes: so many minutes, or so many steps."""
+
+    minutes: Positive | None = None
+    steps: Count | None = None
+    learning_rate: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Clock):
+    """A stage that sees crops of one size.
 
     batch_size: crops of one step and process.  side: pixels a side of a crop.
     """
 
-    minutes: Positive | None = None
-    steps: Count | None = None
     batch_size: Count
-    side: Annotated[int, Ge(64)]
-    learning_rate: Positive
+    side: Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings(Clock):
+    """The joint stage.
+
+    crops: for each level, coarse to fine, how many crops a step sees in a process, and pixels a side of one: the
+        coarser the codes, the more of a photo they must be seen in.  The last one serves all further levels.
+    frozen_codes: leave the ladder as it is: the codes of a photo stay the same.
+    """
+
+    crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
+    frozen_codes: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings(Clock):
+    """The stage of the prior.
+
+    crops: how many are coded to learn from.  batch_size: of them in one step and process.
+    """
+
+    crops: Count = 3000
+    batch_size: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +357,10 @@ class Embedded:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     autoencoder: StageSettings = StageSettings(minutes=15, batch_size=12, side=160, learning_rate=6e-4)
     ladder: StageSettings = StageSettings(minutes=12, batch_size=24, side=256, learning_rate=6e-4)
-    joint: StageSettings = StageSettings(minutes=80, batch_size=8, side=192, learning_rate=4e-4)
+    joint: JointSettings = JointSettings(
+        minutes=80, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=3e-4
+    )
+    prior: PriorSettings = PriorSettings(minutes=15, learning_rate=3e-3)
     checkpoints: Checkpoints = Checkpoints(every_minutes=4)
     log_every: Count = 20
 
@@ -410,11 +446,9 @@ def contradictions(settings: Settings) -> Iterator[str]:
     """What is wrong with settings each of which is right alone, and what to do."""
     if isinstance(settings, Embedded):
         for name in settings.stages:
-            stage: StageSettings = getattr(settings, name)
-            if (stage.minutes is None) == (stage.steps is None):
+            clock: Clock = getattr(settings, name)
+            if (clock.minutes is None) == (clock.steps is None):
                 yield f"{name}: give either minutes or steps"
-            if stage.side % 8:
-                yield f"{name}.side must be a multiple of 8 pixels, not {stage.side}"
         order = [name for name in STAGES if name in settings.stages]
         if list(settings.stages) != order:
             yield f"stages must be in their order, each once: {order}"

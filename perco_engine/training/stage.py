@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,14 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..errors import TrainingError
+from ..model_folder import progress_bars_off
+from ..models.autoencoder import PatchAutoencoder
+from ..models.ladder import HyperLadder
+from ..models.unet import UNet2DConditionModel
 from .checkpoints import Checkpoints, Progress
 from .crops import Crops, collate
 from .journal import Journal, Tell
 from .photos import random_crop
-from .settings import Embedded, StageName, StageSettings
+from .settings import Clock, Embedded, StageName
 from .sources import Source
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+NETWORKS: dict[str, Any] = {"vae": PatchAutoencoder, "hyper_enc": HyperLadder, "unet": UNet2DConditionModel}
+"""The networks by their names in a model folder."""
 
 ENDLESS = 1 << 40
 """Crops that no stage will ever see."""
@@ -38,7 +47,7 @@ def pace(name: str) -> float:
     The U-Net learns fast: it starts from nothing between networks that are trained already.
     """
     if name.startswith("ladder.levels.") and ".encoder." in name:
-        return 0.2
+        return 0.35
     return 2.0 if name.startswith("unet.") else 1.0
 
 
@@ -54,6 +63,44 @@ class Run:
     def folder(self, stage: StageName) -> Path:
         """A stage's folder: checkpoints, log and curves, and, once it is done, finished/ with its networks."""
         return self.settings.run / stage
+
+    def find(self, stages: Sequence[StageName], name: str) -> Path | None:
+        """The folder `name` that the first of these stages that is done gave, else the start folder's, else None."""
+        places = [self.folder(stage) / "finished" / name for stage in stages]
+        if self.settings.start is not None:
+            places.append(self.settings.start / name)
+        return next((place for place in places if place.is_dir()), None)
+
+    def begun(self, stages: Sequence[StageName], name: str, fresh: Callable[[], Any] | None = None) -> Any:
+        """The network `name`, frozen, as `find` finds it, else fresh.
+
+        Raises TrainingError where there is none, or it cannot be loaded.
+        """
+        found = self.find(stages, name)
+        if found is not None:
+            try:
+                with progress_bars_off():
+                    network = NETWORKS[name].from_pretrained(found, local_files_only=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise TrainingError(f"cannot load {found}: {error}") from error
+        elif fresh is not None:
+            network = fresh()
+        else:
+            first = f"let the stage {' or '.join(stages)} come first (stages), or name a start folder"
+            raise TrainingError(f"there is no {name} yet: {first}")
+        return network.requires_grad_(False).eval()
+
+    def kept(self, stage: StageName, name: str, make: Callable[[], T]) -> T:
+        """What `make` makes, once: it is kept in a stage's folder, and read from there when the run goes on."""
+        path = self.folder(stage) / name
+        if self.accelerator.is_main_process and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            torch.save(make(), partial)
+            partial.rename(path)
+        self.accelerator.wait_for_everyone()
+        made: T = torch.load(path, weights_only=True)
+        return made
 
     def autocast(self) -> Any:
         """bf16 where the settings say so; the master weights stay in float32."""
@@ -79,7 +126,7 @@ class Stage:
 
     def __init__(self, run: Run, name: StageName, modules: dict[str, nn.Module]) -> None:
         self.run, self.name, self.accelerator = run, name, run.accelerator
-        self.settings: StageSettings = getattr(run.settings, name)
+        self.settings: Clock = getattr(run.settings, name)
         self.progress = Progress()
         self.modules = nn.ModuleDict(modules).to(self.accelerator.device)
         self._share()
@@ -103,21 +150,28 @@ class Stage:
             run.tell(f"{name}: goes on after step {self.progress.step}")
         self.journal = Journal(self.accelerator, folder, run.settings.log_every, run.tell, self.progress.step, name)
 
-    def crops(self) -> Iterator[Tensor]:
-        """Endless batches (b, 3, side, side) of random crops in -1..1, from where the stage stands."""
-        crops = Crops(self.run.source, random_crop, self.settings.side, self.run.settings.seed, ENDLESS)
+    def crops(self, size: int, side: int, stream: int = 0, done: int | None = None) -> Iterator[Tensor]:
+        """Endless batches (size, 3, side, side) of random crops in -1..1.
+
+        stream: of several, each with an order of its own.  done: batches that were seen; default one a step.
+        """
+        seed = self.run.settings.seed + stream
+        crops, done = (
+            Crops(self.run.source, random_crop, side, seed, ENDLESS),
+            self.progress.step if done is None else done,
+        )
         loader = self.accelerator.prepare_data_loader(
             DataLoader(
                 crops,
-                batch_size=self.settings.batch_size,
+                batch_size=size,
                 collate_fn=collate,
                 num_workers=self.run.settings.data.workers,
                 persistent_workers=self.run.settings.data.workers > 0,
-                generator=torch.Generator().manual_seed(self.run.settings.seed),
+                generator=torch.Generator().manual_seed(seed),
             )
         )
-        if self.progress.step:
-            loader = self.accelerator.skip_first_batches(loader, self.progress.step)
+        if done:
+            loader = self.accelerator.skip_first_batches(loader, done)
         for batch in loader:
             self.progress.saw(batch)
             yield batch["pixels"].contiguous(memory_format=torch.channels_last)
