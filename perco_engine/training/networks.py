@@ -90,7 +90,7 @@ def load_unet(path: Path, local_features_channels: int) -> UNet2DConditionModel:
                 path,
                 local_files_only=True,
                 use_safetensors=True,
-                low_cpu_mem_usage=False,  # so that layers which the folder lacks are initialised
+                low_cpu_mem_usage=False,  # so that layers which the folder lacks have memory
                 output_loading_info=True,
                 local_features_channels=local_features_channels,
             )
@@ -119,7 +119,8 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def extend(unet: UNet2DConditionModel) -> None:
-    """Copies conv_in into the channels of conv_in_extended that see the noisy latents; the others stay random."""
+    """Copies conv_in into the channels of conv_in_extended that see the noisy latents; the others become random."""
+    unet.conv_in_extended.reset_parameters()  # diffusers leaves what a folder lacks as the memory happens to be
     unet.conv_in_extended.weight[:, : unet.config.in_channels] = unet.conv_in.weight
     if unet.conv_in_extended.bias is not None and unet.conv_in.bias is not None:
         unet.conv_in_extended.bias.copy_(unet.conv_in.bias)

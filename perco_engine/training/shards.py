@@ -4,6 +4,7 @@ import io
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,23 +88,31 @@ class ShardCrops(IterableDataset[Crop]):
     def _samples(self, reader: int, readers: int, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
         """What is in the reader's shards, pass after pass.  skipped: takes what of them cannot be read."""
         from webdataset.filters import shuffle
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def skip(error: Exception) -> bool:
-            skipped[str(address[-1])] = str(error)
+            skipped[opened[-1]] = str(error)
             return True
 
-        def opened(shards: list[str]) -> Iterator[dict[str, str]]:
+        def streams(shards: list[str]) -> Iterator[dict[str, Any]]:
             for shard in shards:
-                address.append(shard)
-                yield {"url": shard}
+                opened.append(shard)
+                try:
+                    stream = gopen(shard)
+                except UNREADABLE as error:
+                    skip(error)
+                    continue
+                with closing(stream):
+                    yield {"url": shard, "stream": stream}
 
-        address: list[str] = []
+        opened: list[str] = []
         for epoch in itertools.count():
             rng = random.Random(f"shards {self.seed}/{epoch}")
             order = rng.sample(self.shards, len(self.shards))
             empty = True
-            for sample in shuffle(self.data.shuffle, rng=rng)(tarfile_samples(opened(order[reader::readers]), skip)):
+            samples = group_by_keys(tar_file_expander(streams(order[reader::readers]), skip), handler=skip)
+            for sample in shuffle(self.data.shuffle, rng=rng)(samples):
                 empty = False
                 yield sample
             if empty:

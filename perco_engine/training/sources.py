@@ -177,8 +177,7 @@ def read_text(path: Path, key: str) -> str:
 def read_table(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a CSV or Parquet file that the setting `key` names.  Raises InvalidSettings for missing columns."""
     if path.suffix == ".parquet":
-        rows = _read_parquet(path, key, columns)
-        found = list(rows[0]) if rows else list(columns)
+        rows, found = _read_parquet(path, key, columns)
     else:
         reader = csv.DictReader(read_text(path, key).splitlines())
         rows, found = list(reader), list(reader.fieldnames or ())
@@ -187,14 +186,15 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, s
     return rows
 
 
-def _read_parquet(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
+def _read_parquet(path: Path, key: str, columns: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """These columns of a Parquet file, and the names of all that it has."""
     if find_spec("pyarrow") is None:
         raise InvalidSettings(f"{key}: {path.name} needs the package: pip install pyarrow; or name a .csv file")
     from pyarrow import parquet
 
     try:
-        known = parquet.read_schema(path).names
-        table = parquet.read_table(path, columns=[column for column in columns if column in known] or known)
+        found: list[str] = parquet.read_schema(path).names
+        table = parquet.read_table(path, columns=[column for column in columns if column in found])
     except (OSError, ValueError) as error:
         raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
-    return list(table.to_pylist())
+    return list(table.to_pylist()), found
