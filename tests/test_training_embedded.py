@@ -94,7 +94,7 @@ def test_what_a_stage_builds_on_is_missed(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="there is no vae yet: let the stage autoencoder come first"):
         train(config, lambda text: None)
     config = write_settings(tmp_path, photos, tmp_path / "nothing")
-    with pytest.raises(InvalidSettings, match="start: .*nothing is no model folder"):
+    with pytest.raises(InvalidSettings, match=r"start: .*nothing is no model folder"):
         train(config, lambda text: None)
 
 
