@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .bitstream.chunks import MAX_CAPTION_BYTES
-from .devices import best_device, best_dtype, cache, weights_bytes
+from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
 from .model_folder import progress_bars_off
 from .pixels import to_rgb
@@ -91,7 +91,7 @@ class _ModelCaptioner(ABC):
 
     @property
     def _device(self) -> torch.device:
-        return best_device() if self.device is None else torch.device(self.device)
+        return usable_device(self.device)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -230,6 +230,28 @@ def get_captioner(
     if _model_type(str(captioner)) == "blip-2":
         return Blip2Captioner(captioner, device)
     return PipelineCaptioner(captioner, device)
+
+
+def choose_captions(
+    caption: str | Sequence[str] | None,
+    captioner: str | os.PathLike[str] | Captioner | None,
+    images: Sequence[Image.Image],
+    device: torch.device,
+) -> list[str]:
+    """The caption of each picture: `caption` where it is given, for all or for each, else the captioner's, else "".
+
+    Raises ValueError for captions that are no texts, or not one for each picture, and what get_captioner and
+    caption_pictures raise.
+    """
+    if caption is None:
+        return caption_pictures(get_captioner(captioner, device), images)
+    if isinstance(caption, str):
+        return [caption] * len(images)
+    if not isinstance(caption, Sequence) or not all(isinstance(text, str) for text in caption):
+        raise ValueError(f"caption must be a text, or a list of texts, not {caption!r:.80}")
+    if len(caption) != len(images):
+        raise ValueError(f"{len(caption)} captions for {len(images)} pictures")
+    return list(caption)
 
 
 def caption_pictures(captioner: Captioner | None, images: Sequence[Image.Image]) -> list[str]:

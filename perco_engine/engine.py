@@ -16,12 +16,13 @@ from PIL import Image
 
 from . import bitstream, pixels, rates, weights
 from .bitstream.prior import Prior
-from .captioner import Captioner, caption_pictures, get_captioner
+from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
-from .devices import best_device, best_dtype, cache, weights_bytes
-from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .devices import best_dtype, cache, usable_device, weights_bytes
+from .errors import BudgetTooSmall, InvalidModel, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
 from .memory import Placement, explained
+from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
@@ -42,7 +43,7 @@ class EncodeOptions(TypedDict, total=False):
 
     bpp: float | None
     max_bytes: int | None
-    caption: str | None
+    caption: str | Sequence[str] | None
     captioner: str | os.PathLike[str] | Captioner | None
     seed: int | None
     best_of: int
@@ -82,6 +83,11 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
+        if model.rate_point is not None and self.pipeline.hyper_enc.rate_points != self.rate_points:
+            raise InvalidModel(
+                f"{model.folder} is of {self.pipeline.hyper_enc.rate_points[0].bpp} bpp, and was to be of "
+                f"{self.rate_points[0].bpp}: the file that names it is damaged, or the record of the model"
+            )
         self._prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
@@ -120,7 +126,7 @@ class Engine:
         *,
         bpp: float | None = None,
         max_bytes: int | None = None,
-        caption: str | None = None,
+        caption: str | Sequence[str] | None = None,
         captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
         best_of: int = 1,
@@ -132,7 +138,8 @@ class Engine:
         bpp: nominal bits a pixel of the hyper-latent; the nearest rate point is taken (default: 0.03, or whatever is
             best within max_bytes).
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
-        caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
+        caption: text stored with the picture, at most 4096 bytes of UTF-8, one for all pictures, or one for each;
+            "": none, None: the captioner's, if any.
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
@@ -148,18 +155,17 @@ class Engine:
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         if bpp is None and max_bytes is None:
             level = rates.nearest(points, rates.DEFAULT_BPP)
-        rates.check_max_bytes(max_bytes)
-        if isinstance(best_of, bool) or not isinstance(best_of, int) or not 1 <= best_of <= MOST_SEEDS:
-            raise ValueError(f"best_of must be a number of seeds from 1 to {MOST_SEEDS}, not {best_of!r}")
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
+        best_of = whole_number("best_of", best_of, 1, MOST_SEEDS)
+        if seed is not None:
+            seed = check_seed(seed)
         if best_of > 1 and seed is not None:
             raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
-        if caption is None:
-            captions = caption_pictures(get_captioner(captioner, self.device), images)
-        else:
-            captions = [caption] * len(images)
+        captions = choose_captions(caption, captioner, images, self.device)
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
@@ -252,11 +258,11 @@ class Engine:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(files)
         if len(seeds) != len(files):
             raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
-        for name, value, least in (
-            ("steps", steps, 0), ("max_size_px", max_size_px, 1), *(("seed", one, 0) for one in seeds),
-        ):  # fmt: skip
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        if steps is not None:
+            steps = whole_number("steps", steps, 0)
+        if max_size_px is not None:
+            max_size_px = whole_number("max_size_px", max_size_px, 1)
+        seeds = [None if one is None else check_seed(one) for one in seeds]
         jobs: list[tuple[Engine, _Job]] = []
         for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
@@ -364,9 +370,12 @@ def get_engine(
     For a family, an engine that loads the checkpoint of the rate that is asked for.
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
     compile, offload: see `perco_engine.memory.Placement`.
-    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, and ValueError for compile with offload,
+    a device that cannot be used here, or a dtype that is none of torch's.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a dtype of torch, such as torch.bfloat16, not {dtype!r}")
+    chosen = usable_device(device)
     precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
     spec = weights.named(model) if isinstance(model, str) else None
     if spec is not None and spec.is_family:
@@ -381,9 +390,9 @@ def get_engine_for(
     """The engine that decodes files which name this model.
 
     rate_point: of the file; an error then says which rate of a family is missing.
-    Raises ModelUnavailable, InvalidModel.
+    Raises ModelUnavailable, InvalidModel, ValueError for a device that cannot be used here.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    chosen = usable_device(device)
     return load(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))
 
 

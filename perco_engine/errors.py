@@ -16,6 +16,7 @@
     │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
     │   └── UnsupportedRatePoint  the model does not offer this rate point
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
+    ├── NotFinite                 the networks made numbers that are none
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
     ├── CoderUnavailable          torchac's extension was asked for and is not built
@@ -89,6 +90,10 @@ class UnsupportedRatePoint(ModelError):
 
 class BudgetTooSmall(PercoError, ValueError):
     """Not even the lowest rate point fits into the bytes that were allowed."""
+
+
+class NotFinite(PercoError):
+    """The networks made infinities or no numbers at all: weights are damaged, or 16 bits too few for them."""
 
 
 class NotEnoughMemory(PercoError):

@@ -8,7 +8,9 @@ from PIL import Image
 
 from . import bitstream, rates
 from .bitstream.entropy import minimum_bits, uniform_cdf
+from .captioner import choose_captions
 from .codes import Codes, ModelReference
+from .options import whole_number
 from .weights import Model, ModelSpec, find_for_file
 
 if TYPE_CHECKING:
@@ -54,11 +56,13 @@ class FamilyEngine:
         fits.  Opacity is kept as fine as it is before the lowest rate is reached, and then grows coarser.
         """
         bpp, max_bytes = options.get("bpp"), options.get("max_bytes")
-        rates.check_max_bytes(max_bytes)
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
         points = self.rate_points
         if max_bytes is None:
             chosen = rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
             return self._at(points[chosen]).encode_batch(images, **options)
+        captions = choose_captions(options.get("caption"), options.get("captioner"), images, self.device)
         files: dict[int, bytes] = {}
         highest = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         free: EncodeOptions = {**options, "max_bytes": None}
@@ -68,12 +72,14 @@ class FamilyEngine:
             ]
             if tried:
                 engine = self._at(point)
+                free["caption"] = [captions[k] for k in tried]
                 encoded = engine.encode_batch([images[k] for k in tried], **free)
                 files |= {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
         rest = [k for k in range(len(images)) if k not in files]
         if rest:
             engine = self._at(points[0])
-            files |= dict(zip(rest, engine.encode_batch([images[k] for k in rest], **options), strict=True))
+            last: EncodeOptions = {**options, "caption": [captions[k] for k in rest]}
+            files |= dict(zip(rest, engine.encode_batch([images[k] for k in rest], **last), strict=True))
         return [files[k] for k in range(len(images))]
 
     def decode(self, data: bytes, **options: "Unpack[DecodeOptions]") -> Image.Image:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from perco_engine import bitstream, get_engine, weights
 from perco_engine.bitstream.header import checksum
-from perco_engine.devices import WeightsCache, best_device, best_dtype
+from perco_engine.devices import WeightsCache, best_device, best_dtype, budget_bytes
 from perco_engine.engine import Engine
 from perco_engine.errors import (
     BudgetTooSmall,
@@ -119,8 +119,11 @@ def test_a_rate_point_that_the_model_does_not_have() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": -1}, {"steps": 1.5}, {"steps": True}, {"max_size_px": 0}, {"guidance_scale": -1.0}, {"seed": -3}],
-)
+    [
+        {"steps": -1}, {"steps": 1.5}, {"steps": True}, {"steps": 1001}, {"max_size_px": 0}, {"guidance_scale": -1.0},
+        {"seed": -3}, {"seed": 2**32}, {"seed": 2**70},
+    ],
+)  # fmt: skip
 def test_wrong_decode_options_are_value_errors(options: dict[str, float], photo: Image.Image) -> None:
     engine = get_engine()
     with pytest.raises(ValueError, match=r"\w"):
@@ -195,6 +198,21 @@ def test_bf16_shows_the_same_picture(photo: Image.Image) -> None:
     data = get_engine().encode(photo, bpp=0.17)
     full, half = get_engine().decode(data), get_engine(dtype=torch.bfloat16).decode(data)
     assert np.abs(np.asarray(full).astype(int) - np.asarray(half).astype(int)).mean() < 4
+
+
+def test_devices_and_dtypes_that_cannot_be(tiny_model: Path) -> None:
+    for device in ("toaster", "cuda:77", "meta"):
+        with pytest.raises(ValueError, match=f"the device '{device}' cannot be used here .*leave it out"):
+            get_engine(tiny_model, device)
+    for dtype in ("float16", 3, torch.int8):
+        with pytest.raises(ValueError, match="dtype must be a dtype of torch"):
+            get_engine(tiny_model, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_the_memory_budget_is_a_number() -> None:
+    assert budget_bytes("8000000000") == 8_000_000_000
+    with pytest.raises(ValueError, match="PERCO_MEMORY_BUDGET is a number of bytes"):
+        budget_bytes("8GB")
 
 
 def test_the_default_device_and_dtype() -> None:
