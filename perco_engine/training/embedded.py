@@ -284,11 +284,12 @@ def train_joint(run: Run) -> None:
     def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
         return run.rng("joint", step).randrange(len(ladder.levels))
 
-    done = Counter(level_of(step) for step in range(stage.progress.step))
-    data = [stage.crops(size, side, level, done[level]) for level, (size, side) in enumerate(settings.crops)]
+    last = len(settings.crops) - 1
+    done = Counter(min(level_of(step), last) for step in range(stage.progress.step))
+    data = [stage.crops(size, side, stream, done[stream]) for stream, (size, side) in enumerate(settings.crops)]
     for step in stage.steps():
         level = level_of(step)
-        x = next(data[min(level, len(data) - 1)])
+        x = next(data[min(level, last)])
         with run.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()
