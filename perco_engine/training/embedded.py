@@ -121,8 +121,8 @@ def train_autoencoder(run: Run) -> None:
             vae.fit_synthesis(vae.analysis(half), half)
     vae.analysis.requires_grad_(False)
     vae.synthesis.requires_grad_(False)
+    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "autoencoder", {"vae": channels_last(vae)})
-    distance = channels_last(FeatureDistance()).to(stage.device)
     data = stage.crops(run.settings.autoencoder.batch_size, run.settings.autoencoder.side)
     vae.train()
     for _ in stage.steps():
@@ -275,8 +275,8 @@ def train_joint(run: Run) -> None:
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
+    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
-    distance = channels_last(FeatureDistance()).to(stage.device)
     vae.eval()
     ladder.train(not settings.frozen_codes)
     unet.train()
