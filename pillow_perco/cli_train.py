@@ -19,16 +19,16 @@ def train(config: Path | None, list_recipes: bool, example: str | None, check: b
     A run that was broken off goes on from its newest checkpoint: run the same command again.  On several machines:
     accelerate launch -m pillow_perco.cli train CONFIG.
     """
-    from perco_engine.training import settings
+    from perco_engine.training.settings_file import examples
 
     if list_recipes:
-        width = max(map(len, settings.examples()))
-        for name, text in settings.examples().items():
+        width = max(map(len, examples()))
+        for name, text in examples().items():
             click.echo(f"{name:<{width}}  {text.splitlines()[0].removeprefix('# ')}")
     elif example is not None:
-        if example not in settings.examples():
-            raise click.BadParameter(f"there is no {example}: {', '.join(settings.examples())}", param_hint="--example")
-        click.echo(settings.examples()[example], nl=False)
+        if example not in examples():
+            raise click.BadParameter(f"there is no {example}: {', '.join(examples())}", param_hint="--example")
+        click.echo(examples()[example], nl=False)
     elif config is None:
         raise click.UsageError("name a settings file: perco train --list shows those that there are")
     elif check:

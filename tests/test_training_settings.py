@@ -1,5 +1,6 @@
 """A run's settings: what a file may say, and what is told of one that says something else."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 
 from perco_engine.errors import InvalidSettings
 from perco_engine.training import settings
+from perco_engine.training.settings_file import examples, parse, read
 from pillow_perco.cli import main
 
 LEAST: dict[str, Any] = {
@@ -20,7 +22,7 @@ LEAST: dict[str, Any] = {
 
 
 def test_what_the_least_settings_mean() -> None:
-    found = settings.parse(LEAST, "x.toml")
+    found = parse(LEAST, "x.toml")
     assert isinstance(found, settings.PercoSd)
     assert found.objective == settings.Objective(
         prediction="v_prediction", timestep_grid=None, min_snr_gamma=None, noise_offset=0, input_perturbation=0,
@@ -59,13 +61,13 @@ def test_what_the_least_settings_mean() -> None:
 )
 def test_every_message_names_the_key(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidSettings) as error:
-        settings.parse(LEAST | changes, "x.toml")
+        parse(LEAST | changes, "x.toml")
     assert str(error.value).startswith("x.toml") and told in str(error.value)
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(InvalidSettings) as error:
-        settings.parse(LEAST | {"sed": 1, "seed": 0.5, "optimizer": {"steps": 1}}, "x.toml")
+        parse(LEAST | {"sed": 1, "seed": 0.5, "optimizer": {"steps": 1}}, "x.toml")
     assert len(str(error.value).splitlines()) == 4
 
 
@@ -81,7 +83,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 def test_messages_of_the_embedded_recipe(changes: dict[str, Any], told: str) -> None:
     least = {"recipe": "embedded", "run": "r", "data": {"source": "folder", "folder": "x"}}
     with pytest.raises(InvalidSettings) as error:
-        settings.parse(least | changes, "x.toml")
+        parse(least | changes, "x.toml")
     assert told in str(error.value)
 
 
@@ -91,7 +93,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         'recipe = "perco-sd"\nrun = "run"\n[data]\nsource = "webdataset"\nshards = ["a{0..1}.tar", "https://x/b.tar"]\n'
         '[model]\nbase = "sd"\n[optimizer]\nsteps = 1\nbatch_size = 1\n'
     )
-    found = settings.read(tmp_path / "x.toml")
+    found = read(tmp_path / "x.toml")
     assert isinstance(found, settings.PercoSd) and isinstance(found.data, settings.WebdatasetData)
     assert found.run == tmp_path / "run" and found.model.base == str(tmp_path / "sd")
     assert found.data.shards == (str(tmp_path / "a{0..1}.tar"), "https://x/b.tar")
@@ -103,14 +105,14 @@ def test_a_file_that_is_no_settings(text: str | bytes | None, tmp_path: Path) ->
     if text is not None:
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(InvalidSettings, match=r"x\.toml"):
-        settings.read(path)
+        read(path)
 
 
 def test_the_recipes_are_what_was_published() -> None:
     parsed = {}
-    for name, text in settings.examples().items():
+    for name, text in examples().items():
         assert text.startswith("# ")
-        parsed[name] = settings.parse(settings.tomllib.loads(text), name)
+        parsed[name] = parse(tomllib.loads(text), name)
     assert set(parsed) == {"embedded", "perco-sd-15k", "perco-sd-50k", "single-gpu"}
     first, later = parsed["perco-sd-15k"], parsed["perco-sd-50k"]
     assert isinstance(first, settings.PercoSd) and isinstance(later, settings.PercoSd)
@@ -121,7 +123,7 @@ def test_the_recipes_are_what_was_published() -> None:
         assert (optimizer.batch_size, optimizer.learning_rate, optimizer.warmup_steps) == (160, 1e-5, 10_000)
         assert (optimizer.weight_decay, optimizer.clip, one.objective.text_dropout) == (0.01, 1, 0.1)
         assert (one.objective.lpips_weight, one.objective.commitment_weight, one.resolution) == (0.1, 0, 512)
-    embedded = settings.parse({"recipe": "embedded", "run": "r", "data": LEAST["data"]}, "x")
+    embedded = parse({"recipe": "embedded", "run": "r", "data": LEAST["data"]}, "x")
     shipped = parsed["embedded"]
     assert isinstance(embedded, settings.Embedded) and isinstance(shipped, settings.Embedded)
     for stage in settings.STAGES:
@@ -132,7 +134,7 @@ def test_the_command_lists_prints_and_checks(tmp_path: Path) -> None:
     listed = CliRunner().invoke(main, ["train", "--list"])
     assert listed.exit_code == 0 and listed.output.splitlines()[0].startswith("embedded")
     printed = CliRunner().invoke(main, ["train", "--example", "embedded"])
-    assert printed.output == settings.examples()["embedded"]
+    assert printed.output == examples()["embedded"]
     (tmp_path / "x.toml").write_text(printed.output)
     checked = CliRunner().invoke(main, ["train", "--check", str(tmp_path / "x.toml")])
     assert checked.exit_code == 1 and "data.folder: there is no folder" in checked.output

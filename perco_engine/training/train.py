@@ -4,7 +4,8 @@ from pathlib import Path
 
 from . import embedded, perco_sd
 from .journal import Tell
-from .settings import Embedded, Settings, read
+from .settings import Embedded, Settings
+from .settings_file import read
 
 
 def check(config: Path) -> Settings:
