@@ -21,7 +21,9 @@
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
     ├── ConversionError           a conversion of many files cannot begin as it was asked for
     ├── CoderUnavailable          torchac's extension was asked for and is not built
-    └── EvaluationError           an evaluation cannot go on in the folder that it was given
+    ├── EvaluationError           an evaluation cannot go on in the folder that it was given
+    └── TrainingError             a training run cannot go on
+        └── InvalidSettings       (also a ValueError) a run's settings file does not say what it must
 
 Each message says what is wrong and, where there is something to do, what to do.
 """
@@ -113,3 +115,11 @@ class CoderUnavailable(PercoError):
 
 class EvaluationError(PercoError):
     """An evaluation cannot go on with the results that lie where it is to write, or has nothing to evaluate."""
+
+
+class TrainingError(PercoError):
+    """A training run cannot start or go on: what it needs is not there, or does not fit."""
+
+
+class InvalidSettings(TrainingError, ValueError):
+    """The settings of a training run are missing, unknown, out of range, or contradict each other."""

@@ -16,6 +16,7 @@ from .cli_compare import compare
 from .cli_convert import convert
 from .cli_evaluate import evaluate, find_peers, select_coco
 from .cli_models import models
+from .cli_train import train
 from .cli_view import service, view
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
@@ -229,6 +230,7 @@ main.add_command(compare)
 main.add_command(evaluate)
 main.add_command(find_peers)
 main.add_command(select_coco)
+main.add_command(train)
 
 if __name__ == "__main__":
     sys.exit(main())
