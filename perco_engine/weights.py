@@ -58,7 +58,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
-"""The models that files may name.  Ids 1 and 2 were of embedded weights before the first release, and are not reused."""
+"""The models that files may name.  Ids 1 and 2 were of embedded weights before the first release; no id is given again."""
 
 
 @dataclass(frozen=True)
