@@ -51,7 +51,8 @@ class _Job:
 class Engine:
     """A loaded model.  Get one with `get_engine`; its methods may be called from several threads.
 
-    model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
+    model: where it lies and how files name it.  device, dtype: of the networks.  prior: of its indices, or None.
+    size_bytes: memory of the weights.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Engine:
                 f"{model.folder} is of {self.pipeline.hyper_enc.rate_points[0].bpp} bpp, and was to be of "
                 f"{self.rate_points[0].bpp}: the file that names it is damaged, or the record of the model"
             )
-        self._prior = Prior.load(model.folder)
+        self.prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -188,7 +189,7 @@ class Engine:
         return errors.index(min(errors))
 
     def _pack(self, codes: Codes) -> bytes:
-        return bitstream.pack(codes, self._file_rate_points, prior=self._prior, coder=CODER)
+        return bitstream.pack(codes, self._file_rate_points, prior=self.prior, coder=CODER)
 
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
@@ -282,7 +283,7 @@ class Engine:
                 f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
             )
         return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
-            data, points, prior=self._prior, coder=CODER
+            data, points, prior=self.prior, coder=CODER
         )
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:

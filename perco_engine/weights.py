@@ -58,7 +58,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
-"""The models that files may name.  Ids 1 and 2 were of embedded weights before the first release; no id is given again."""
+"""The models that files may name.  No id is given twice: 1 and 2 were of embedded weights before the first release."""
 
 
 @dataclass(frozen=True)

@@ -103,16 +103,16 @@ def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, photo: Image
 
 
 def test_an_absurd_size_costs_nothing() -> None:
-    body = b"\x93PCo\x14\x02\xff\xfe\xff\xfe" + bytes(20)
+    body = b"\x93PCo\x14\x03\xff\xfe\xff\xfe" + bytes(20)
     with pytest.raises(LimitExceeded):
         get_engine().decode(body + checksum(body))
-    body = b"\x93PCo\x14\x02\xff\xfe\x07\xff" + bytes(20)
+    body = b"\x93PCo\x14\x03\xff\xfe\x07\xff" + bytes(20)
     with pytest.raises(TruncatedFile):
         get_engine().decode(body + checksum(body))
 
 
 def test_a_rate_point_that_the_model_does_not_have() -> None:
-    body = b"\x93PCo\x17\x02\x00\x07\x00\x07\x00"
+    body = b"\x93PCo\x17\x03\x00\x07\x00\x07\x00"
     with pytest.raises(UnsupportedRatePoint, match="rate point 7"):
         get_engine().decode(body + checksum(body))
 
@@ -256,7 +256,8 @@ def test_long_streams_are_coded_alike_by_either_coder(tiny_model: Path) -> None:
     engine = get_engine(tiny_model)
     image = Image.effect_noise((1200, 1200), 80).convert("RGB")
     data = engine.encode(image, bpp=0.0156)
-    assert bitstream.pack(bitstream.unpack(data, engine.rate_points), engine.rate_points) == data
+    points, prior = engine.rate_points, engine.prior
+    assert bitstream.pack(bitstream.unpack(data, points, prior=prior), points, prior=prior) == data
 
 
 def test_a_published_checkpoint_folder_is_a_model_like_any_other(photo: Image.Image) -> None:
