@@ -233,7 +233,7 @@ def get_captioner(
 
 
 def choose_captions(
-    caption: str | Sequence[str] | None,
+    caption: str | Sequence[str | None] | None,
     captioner: str | os.PathLike[str] | Captioner | None,
     images: Sequence[Image.Image],
     device: torch.device,
@@ -243,15 +243,17 @@ def choose_captions(
     Raises ValueError for captions that are no texts, or not one for each picture, and what get_captioner and
     caption_pictures raise.
     """
-    if caption is None:
-        return caption_pictures(get_captioner(captioner, device), images)
-    if isinstance(caption, str):
-        return [caption] * len(images)
-    if not isinstance(caption, Sequence) or not all(isinstance(text, str) for text in caption):
+    given = [caption] * len(images) if caption is None or isinstance(caption, str) else caption
+    if not isinstance(given, Sequence) or not all(text is None or isinstance(text, str) for text in given):
         raise ValueError(f"caption must be a text, or a list of texts, not {caption!r:.80}")
-    if len(caption) != len(images):
-        raise ValueError(f"{len(caption)} captions for {len(images)} pictures")
-    return list(caption)
+    if len(given) != len(images):
+        raise ValueError(f"{len(given)} captions for {len(images)} pictures")
+    unsaid = [k for k, text in enumerate(given) if text is None]
+    if not unsaid:
+        return [text or "" for text in given]
+    written = caption_pictures(get_captioner(captioner, device), [images[k] for k in unsaid])
+    said = dict(zip(unsaid, written, strict=True))
+    return [said.get(k, text) or "" for k, text in enumerate(given)]
 
 
 def caption_pictures(captioner: Captioner | None, images: Sequence[Image.Image]) -> list[str]:

@@ -44,7 +44,7 @@ class ModelSpec:
 REGISTRY = (
     ModelSpec(
         "embedded",
-        2,
+        3,
         rates.EMBEDDED,
         str(Path(__file__).parent / "embedded"),
         "it is part of this package: reinstall pillow-perco",
@@ -58,7 +58,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
-"""The models that files may name.  Id 1 was of embedded weights before the first release, and is not given again."""
+"""The models that files may name.  Ids 1 and 2 were of embedded weights before the first release; no id is given again."""
 
 
 @dataclass(frozen=True)
