@@ -11,6 +11,7 @@ from PIL import Image
 
 from perco_engine.engine import get_engine
 from perco_engine.errors import InvalidSettings, TrainingError
+from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
 from perco_engine.training import embedded, settings
 from perco_engine.training.journal import read_log
@@ -47,10 +48,24 @@ def write_settings(folder: Path, photos: Path, start: Path | None, **tables: dic
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, photos: Path, tiny_model: Path) -> Path:
+def beginning(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of a tiny model whose codebooks are large enough for a prior."""
+    folder = tmp_path_factory.mktemp("beginning") / "model"
+    shutil.copytree(tiny_model, folder)
+    torch.manual_seed(0)
+    ladder = HyperLadder(latent_channels=4, grids=((32, 16), (16, 16), (8, 16)), width=8)
+    for level in ladder.levels:
+        level.quantizer._codebook.embed.normal_()
+        level.quantizer._codebook.initted.fill_(1)
+    ladder.save_pretrained(folder / "hyper_enc")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, photos: Path, beginning: Path) -> Path:
     """A finished run of all stages that was never broken off."""
     folder = tmp_path_factory.mktemp("whole")
-    train(write_settings(folder, photos, tiny_model), lambda text: None)
+    train(write_settings(folder, photos, beginning), lambda text: None)
     return folder / "run"
 
 
@@ -66,7 +81,7 @@ def test_all_stages_give_a_model(whole: Path, photo: Image.Image) -> None:
 
 @pytest.mark.parametrize("stage", settings.STAGES)
 def test_a_stage_goes_on_in_a_copy_of_its_folder(
-    stage: settings.StageName, whole: Path, photos: Path, tiny_model: Path, tmp_path: Path
+    stage: settings.StageName, whole: Path, photos: Path, beginning: Path, tmp_path: Path
 ) -> None:
     for earlier in settings.STAGES[: settings.STAGES.index(stage)]:
         shutil.copytree(whole / earlier / "finished", tmp_path / "run" / earlier / "finished")
@@ -78,7 +93,7 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # what comes after the stage is another test's matter
         patch.setattr(embedded, "export", lambda run, folder: None)
-        text = write_settings(tmp_path, photos, tiny_model).read_text()
+        text = write_settings(tmp_path, photos, beginning).read_text()
         stages = json.dumps(settings.STAGES[: settings.STAGES.index(stage) + 1])
         (tmp_path / "config.toml").write_text(f"stages = {stages}\n{text}")
         train(tmp_path / "config.toml", told.append)
@@ -88,7 +103,11 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
         assert (tmp_path / "run" / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
-def test_what_a_stage_builds_on_is_missed(photos: Path, tmp_path: Path) -> None:
+def test_what_a_stage_builds_on_is_missed(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = write_settings(tmp_path, photos, tiny_model)
+    config.write_text('stages = ["prior"]\n' + config.read_text())
+    with pytest.raises(TrainingError, match="a prior needs codebooks of at least 16 codes, and one here has 8"):
+        train(config, lambda text: None)
     config = write_settings(tmp_path, photos, None)
     config.write_text('stages = ["ladder"]\n' + config.read_text())
     with pytest.raises(TrainingError, match="there is no vae yet: let the stage autoencoder come first"):

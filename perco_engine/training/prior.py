@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES
+from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, SMALLEST_CODEBOOK
+from ..errors import TrainingError
 from ..models.ladder import HyperLadder
 from ..rates import Grid
 from .crops import Crops
@@ -192,12 +193,21 @@ def codes_of_crops(run: Run, vae: Any, ladder: HyperLadder, count: int) -> list[
 
 
 def train_prior(run: Run) -> None:
-    """Trains the prior of the run's ladder, or of the start folder's; the codes of its crops are kept."""
+    """Trains the prior of the run's ladder, or of the start folder's; the codes of its crops are kept.
+
+    Raises TrainingError where the ladder has a codebook that is too small for a prior.
+    """
     settings, device = run.settings.prior, run.accelerator.device
     vae = run.begun(("joint", "autoencoder"), "vae").to(device)
     ladder: HyperLadder = run.begun(("joint", "ladder"), "hyper_enc").to(device)
+    grids = list(ladder.rate_points[-1].grids)
+    if (smallest := min(grid.codebook_size for grid in grids)) < SMALLEST_CODEBOOK:
+        raise TrainingError(
+            f"a prior needs codebooks of at least {SMALLEST_CODEBOOK} codes, and one here has {smallest}: leave the "
+            f"stage prior out of stages"
+        )
     indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, settings.crops))
-    network = PriorNetwork(list(ladder.rate_points[-1].grids))
+    network = PriorNetwork(grids)
     stage = Stage(run, "prior", {"prior": network})
     for step in stage.steps():
         chosen = torch.randint(len(indices[0]), (settings.batch_size,))
