@@ -1,0 +1,168 @@
+"""The embedded model's shortest way to a picture, in numpy: the ladder's decoder and the autoencoder's linear half.
+
+    indices ─> [ level 1 ] ─> estimate ─> [ level 2 ] ─> ... ─> latents ─> linear synthesis ─> small picture
+
+What models/ladder.py and models/autoencoder.py compute in torch, on the same weights in the same model folder: equal to
+`PercoPipeline.decode_preview` up to rounding.  All arrays are (rows, columns, channels) float32.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from .convolution import Array, as_matrix, convolve, interpolate, pad, pool, repeat, shuffle, silu
+from .errors import InvalidModel
+
+PATCH = 8
+"""Pixels a side of one latent."""
+
+TILE = 256
+"""Latents a side that are decoded at once, margins not counted; larger pictures go tile by tile."""
+
+MARGIN = 32
+"""Latents around a tile that are computed and thrown away: most of what the networks see, so that no seam is seen."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+Take = Callable[[str], NDArray[Any]]
+
+
+class Level:
+    """One rung of the ladder, as LadderLevel.decode; its weights are read when they are first needed.
+
+    take: gives a tensor by its name in the level.  halvings: log2 of how many latents a side one index stands for.
+    """
+
+    def __init__(self, take: Take, halvings: int) -> None:
+        self.halvings = halvings
+        self._take = take
+        self._codes = (take("quantizer._codebook.embed")[0] / take("metric").reshape(-1)).astype(np.float32)
+        self._matrices: dict[str, tuple[Array, Array]] = {}
+
+    def _convolve(self, name: str, x: Array) -> Array:
+        if name not in self._matrices:
+            bias = self._take(f"{name}.bias").astype(np.float32)
+            self._matrices[name] = as_matrix(self._take(f"{name}.weight")), bias
+        return convolve(pad(x), *self._matrices[name])
+
+    def _block(self, name: str, x: Array) -> Array:
+        """A ResidualBlock, in x's own memory."""
+        x += self._convolve(f"{name}.conv2", silu(self._convolve(f"{name}.conv1", silu(x.copy()))))
+        return x
+
+    def linear(self, indices: NDArray[np.integer], rows: int, columns: int) -> Array:
+        """What codes of this level, (r, c), change by its linear part alone: (rows, columns, channels)."""
+        codes = self._codes[indices]
+        return interpolate(codes, 1 << self.halvings, rows, columns) if self.halvings else codes
+
+    def decode(self, indices: NDArray[np.integer], estimate: Array) -> Array:
+        """The better estimate of the latents (rows, columns, channels), from codes (r, c) and the estimate before."""
+        rows, columns, _ = estimate.shape
+        x = np.concatenate([self._codes[indices], pool(estimate, self.halvings)], 2)
+        x = self._block("grow.0", self._convolve("enter", x))
+        for k in range(self.halvings):
+            left = self.halvings - 1 - k
+            x = repeat(x, -(-rows >> left), -(-columns >> left))
+            x = self._block(f"grow.{k + 1}", self._convolve(f"smooth.{k}", x))
+        x = silu(self._convolve("leave.0", np.concatenate([x, estimate], 2)))
+        return estimate + self.linear(indices, rows, columns) + self._convolve("leave.2", x)
+
+
+class PreviewNetworks:
+    """What a preview needs of a model folder of the embedded model's kind.
+
+    Raises InvalidModel where the folder lacks something of it, OSError where it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            config = json.loads((folder / "hyper_enc" / "config.json").read_text(encoding="utf-8"))
+            self.grids: list[tuple[int, int]] = [(int(pixels), int(size)) for pixels, size in config["grids"]]
+            hyper_enc = safe_open(folder / "hyper_enc" / WEIGHTS, "numpy")
+            vae = safe_open(folder / "vae" / WEIGHTS, "numpy")
+            self._weight = vae.get_tensor("synthesis.weight").astype(np.float32)
+            self._bias = vae.get_tensor("synthesis.bias").astype(np.float32)
+            self._take: Take = hyper_enc.get_tensor
+            self._levels: dict[int, Level] = {}
+            self._level(0)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InvalidModel(f"{folder} is no model that a preview can be made with: {error}") from error
+
+    def _level(self, k: int) -> Level:
+        if k not in self._levels:
+            halvings = (self.grids[k][0] // PATCH).bit_length() - 1
+            self._levels[k] = Level(lambda name: self._take(f"levels.{k}.{name}"), halvings)
+        return self._levels[k]
+
+    def multiplications(self, level: int) -> int:
+        """About how many multiplications of the networks of a level go to one latent."""
+        width = int(self._take(f"levels.{level}.enter.bias").shape[0])
+        halvings = self._level(level).halvings
+        full_size = 9 * width**2 * (4 if halvings else 4)
+        return full_size + sum(9 * width**2 * 3 >> 2 * k for k in range(1, halvings + 1))
+
+    def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int, by_network: int) -> Array:
+        """The estimate (rows, columns, channels) that grids of codes give.
+
+        by_network: how many of the grids, coarse to fine, go through their networks; the rest adds its linear part.
+        """
+        estimate = np.zeros((rows, columns, self._weight.shape[1]), np.float32)
+        for k, grid in enumerate(indices):
+            level = self._level(k)
+            if k < by_network:
+                estimate = level.decode(grid, estimate)
+            else:
+                estimate += level.linear(grid, rows, columns)
+        return estimate
+
+    def synthesis(self, latents: Array, reduction: int) -> Array:
+        """Latents to pixels (rows * 8/reduction, columns * 8/reduction, 3), about -1..1, by the linear map alone."""
+        side = PATCH // reduction
+        out = self._weight.reshape(3, side, reduction, side, reduction, *self._weight.shape[1:]).mean((2, 4))
+        bias = self._bias.reshape(3, side, reduction, side, reduction).mean((2, 4)).reshape(-1)
+        matrix = as_matrix(out.reshape(-1, *self._weight.shape[1:]))
+        return shuffle(convolve(pad(latents, "edge"), matrix, bias), side)
+
+    def decode(
+        self,
+        indices: Sequence[NDArray[np.integer]],
+        height_px: int,
+        width_px: int,
+        reduction: int,
+        by_network: int | None = None,
+    ) -> NDArray[np.uint8]:
+        """Indices, a grid (r, c) for each level, to a small picture by the shortest way.
+
+        reduction: 1, 2, 4 or 8.  Returns (ceil(height/reduction), ceil(width/reduction), 3).
+        by_network: how many of the grids go through their networks (None: all); see `latents`.
+        """
+        rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
+        side = PATCH // reduction
+        network = len(indices) if by_network is None else by_network
+        whole = rows * columns <= (TILE + 2 * MARGIN) ** 2
+        step = max(rows, columns) if whole else TILE
+        picture = np.empty((rows * side, columns * side, 3), np.uint8)
+        for top in range(0, rows, step):
+            for left in range(0, columns, step):
+                bottom, right = min(top + step, rows), min(left + step, columns)
+                start_row, start_column = max(top - MARGIN, 0), max(left - MARGIN, 0)
+                stop_row, stop_column = min(bottom + MARGIN, rows), min(right + MARGIN, columns)
+                parts = []
+                for k, grid in enumerate(indices):
+                    halvings = self._level(k).halvings
+                    part = grid[start_row >> halvings : -(-stop_row >> halvings)]
+                    parts.append(part[:, start_column >> halvings : -(-stop_column >> halvings)])
+                latents = self.latents(parts, stop_row - start_row, stop_column - start_column, network)
+                pixels = self.synthesis(latents, reduction)
+                core = pixels[
+                    (top - start_row) * side : (bottom - start_row) * side,
+                    (left - start_column) * side : (right - start_column) * side,
+                ]
+                levels = np.rint((core / 2 + np.float32(0.5)).clip(0, 1) * 255)
+                picture[top * side : bottom * side, left * side : right * side] = levels
+        return picture[: -(-height_px // reduction), : -(-width_px // reduction)]
