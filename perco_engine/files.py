@@ -4,22 +4,43 @@ import os
 from pathlib import Path
 
 
-def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then renamed."""
+def write_beside(path: str | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True) -> None:
+    """Writes a file whole or not at all: beside its place first, then renamed.
+
+    mode: the permissions of the file; None: what the umask leaves of 0666.
+    sync: wait until the data are on the disk, so that not even a power cut leaves less than the whole file.
+    """
     import tempfile
 
     target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    # Not the target's own name with something added: that might be longer than a name can be.
+    handle, name = tempfile.mkstemp(prefix=".perco-", dir=target.parent)
     beside = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
+            if sync:
+                os.fsync(file.fileno())
+        if mode is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            mode = 0o666 & ~umask
+        beside.chmod(mode)
         beside.replace(target)
     except BaseException:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
         raise
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, for this user alone (0700).  Raises OSError.
+
+    Those that are there already stay as they are.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
