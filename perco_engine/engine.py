@@ -16,16 +16,14 @@ from PIL import Image
 
 from . import bitstream, pixels, rates, weights
 from .captioner import Captioner, caption_pictures, get_captioner
-from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
+from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_device, best_dtype, cache, weights_bytes
 from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
 from .memory import Placement, explained
+from .opacity import opacity
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
-
-MAX_PIXELS = 178_956_970
-"""The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
 
 CODER = AutomaticCoder()
 
@@ -336,7 +334,7 @@ def _reduction(width_px: int, height_px: int, max_size_px: int | None) -> int:
 def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.Image:
     """The decoded picture with its opacity, within max_size_px."""
     if codes.alpha is not None:
-        image.putalpha(pixels.opacity(codes.alpha, codes.width_px, codes.height_px).resize(image.size))
+        image.putalpha(opacity(codes.alpha, codes.width_px, codes.height_px, image.size))
     if max_size_px is not None and max(image.size) > max_size_px:
         scale = max_size_px / max(codes.width_px, codes.height_px)
         size = max(1, round(codes.width_px * scale)), max(1, round(codes.height_px * scale))

@@ -41,7 +41,7 @@ class Level:
     def __init__(self, take: Take, halvings: int) -> None:
         self.halvings = halvings
         self._take = take
-        self._codes = (take("quantizer._codebook.embed")[0] / take("metric").reshape(-1)).astype(np.float32)
+        self.codes: Array = (take("quantizer._codebook.embed")[0] / take("metric").reshape(-1)).astype(np.float32)
         self._matrices: dict[str, tuple[Array, Array]] = {}
 
     def _convolve(self, name: str, x: Array) -> Array:
@@ -55,15 +55,22 @@ class Level:
         x += self._convolve(f"{name}.conv2", silu(self._convolve(f"{name}.conv1", silu(x.copy()))))
         return x
 
+    def cut(self, indices: NDArray[np.integer], rows: slice, columns: slice) -> NDArray[np.integer]:
+        """The part of the grid that codes latents rows x columns, whose starts are multiples of a cell."""
+        return indices[
+            rows.start >> self.halvings : -(-rows.stop >> self.halvings),
+            columns.start >> self.halvings : -(-columns.stop >> self.halvings),
+        ]
+
     def linear(self, indices: NDArray[np.integer], rows: int, columns: int) -> Array:
         """What codes of this level, (r, c), change by its linear part alone: (rows, columns, channels)."""
-        codes = self._codes[indices]
+        codes = self.codes[indices]
         return interpolate(codes, 1 << self.halvings, rows, columns) if self.halvings else codes
 
     def decode(self, indices: NDArray[np.integer], estimate: Array) -> Array:
         """The better estimate of the latents (rows, columns, channels), from codes (r, c) and the estimate before."""
         rows, columns, _ = estimate.shape
-        x = np.concatenate([self._codes[indices], pool(estimate, self.halvings)], 2)
+        x = np.concatenate([self.codes[indices], pool(estimate, self.halvings)], 2)
         x = self._block("grow.0", self._convolve("enter", x))
         for k in range(self.halvings):
             left = self.halvings - 1 - k
@@ -83,8 +90,8 @@ class PreviewNetworks:
         try:
             config = json.loads((folder / "hyper_enc" / "config.json").read_text(encoding="utf-8"))
             self.grids: list[tuple[int, int]] = [(int(pixels), int(size)) for pixels, size in config["grids"]]
-            hyper_enc = safe_open(folder / "hyper_enc" / WEIGHTS, "numpy")
-            vae = safe_open(folder / "vae" / WEIGHTS, "numpy")
+            hyper_enc: Any = safe_open(folder / "hyper_enc" / WEIGHTS, "numpy")
+            vae: Any = safe_open(folder / "vae" / WEIGHTS, "numpy")
             self._weight = vae.get_tensor("synthesis.weight").astype(np.float32)
             self._bias = vae.get_tensor("synthesis.bias").astype(np.float32)
             self._take: Take = hyper_enc.get_tensor
@@ -100,69 +107,64 @@ class PreviewNetworks:
         return self._levels[k]
 
     def multiplications(self, level: int) -> int:
-        """About how many multiplications of the networks of a level go to one latent."""
+        """About how many multiplications the networks of a level take for each latent."""
         width = int(self._take(f"levels.{level}.enter.bias").shape[0])
-        halvings = self._level(level).halvings
-        full_size = 9 * width**2 * (4 if halvings else 4)
-        return full_size + sum(9 * width**2 * 3 >> 2 * k for k in range(1, halvings + 1))
+        coarser = sum(3 / 4**k for k in range(1, self._level(level).halvings + 1))
+        return int(9 * width**2 * (4.5 + coarser))
 
-    def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int, by_network: int) -> Array:
-        """The estimate (rows, columns, channels) that grids of codes give.
+    @property
+    def background(self) -> Array:
+        """The colour of latents of zero: (3,), about 0..1."""
+        colour: Array = self._bias.reshape(3, -1).mean(1) / 2 + np.float32(0.5)
+        return colour
 
-        by_network: how many of the grids, coarse to fine, go through their networks; the rest adds its linear part.
-        """
+    def colours(self, level: int) -> Array:
+        """What each code of a level changes the mean colour of its cell by, by its linear part alone: (codes, 3)."""
+        to_colour = self._weight.reshape(3, -1, *self._weight.shape[1:]).mean(1).sum((2, 3))
+        change: Array = self._level(level).codes @ to_colour.T / 2
+        return change
+
+    def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int) -> Array:
+        """The estimate of the latents (rows, columns, channels) that grids of codes, (r, c) for each level, give."""
         estimate = np.zeros((rows, columns, self._weight.shape[1]), np.float32)
         for k, grid in enumerate(indices):
-            level = self._level(k)
-            if k < by_network:
-                estimate = level.decode(grid, estimate)
-            else:
-                estimate += level.linear(grid, rows, columns)
+            estimate = self._level(k).decode(grid, estimate)
         return estimate
 
     def synthesis(self, latents: Array, reduction: int) -> Array:
         """Latents to pixels (rows * 8/reduction, columns * 8/reduction, 3), about -1..1, by the linear map alone."""
         side = PATCH // reduction
-        out = self._weight.reshape(3, side, reduction, side, reduction, *self._weight.shape[1:]).mean((2, 4))
+        weight = self._weight.reshape(3, side, reduction, side, reduction, *self._weight.shape[1:]).mean((2, 4))
         bias = self._bias.reshape(3, side, reduction, side, reduction).mean((2, 4)).reshape(-1)
-        matrix = as_matrix(out.reshape(-1, *self._weight.shape[1:]))
+        matrix = as_matrix(weight.reshape(-1, *self._weight.shape[1:]))
         return shuffle(convolve(pad(latents, "edge"), matrix, bias), side)
 
-    def decode(
-        self,
-        indices: Sequence[NDArray[np.integer]],
-        height_px: int,
-        width_px: int,
-        reduction: int,
-        by_network: int | None = None,
-    ) -> NDArray[np.uint8]:
-        """Indices, a grid (r, c) for each level, to a small picture by the shortest way.
+    def decode(self, indices: Sequence[NDArray[np.integer]], height_px: int, width_px: int, reduction: int) -> Array:
+        """Indices, a grid (r, c) for each level, to a small picture by the shortest way; no indices: what zero gives.
 
-        reduction: 1, 2, 4 or 8.  Returns (ceil(height/reduction), ceil(width/reduction), 3).
-        by_network: how many of the grids go through their networks (None: all); see `latents`.
+        reduction: 1, 2, 4 or 8.  Returns (ceil(height/reduction), ceil(width/reduction), 3), about 0..1.
         """
         rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
         side = PATCH // reduction
-        network = len(indices) if by_network is None else by_network
         whole = rows * columns <= (TILE + 2 * MARGIN) ** 2
         step = max(rows, columns) if whole else TILE
-        picture = np.empty((rows * side, columns * side, 3), np.uint8)
+        picture = np.empty((rows * side, columns * side, 3), np.float32)
         for top in range(0, rows, step):
             for left in range(0, columns, step):
-                bottom, right = min(top + step, rows), min(left + step, columns)
-                start_row, start_column = max(top - MARGIN, 0), max(left - MARGIN, 0)
-                stop_row, stop_column = min(bottom + MARGIN, rows), min(right + MARGIN, columns)
-                parts = []
-                for k, grid in enumerate(indices):
-                    halvings = self._level(k).halvings
-                    part = grid[start_row >> halvings : -(-stop_row >> halvings)]
-                    parts.append(part[:, start_column >> halvings : -(-stop_column >> halvings)])
-                latents = self.latents(parts, stop_row - start_row, stop_column - start_column, network)
+                core = slice(top, min(top + step, rows)), slice(left, min(left + step, columns))
+                outer = tuple(
+                    slice(max(part.start - MARGIN, 0), min(part.stop + MARGIN, size))
+                    for part, size in zip(core, (rows, columns), strict=True)
+                )
+                cut = [self._level(k).cut(grid, *outer) for k, grid in enumerate(indices)]
+                latents = self.latents(cut, outer[0].stop - outer[0].start, outer[1].stop - outer[1].start)
                 pixels = self.synthesis(latents, reduction)
-                core = pixels[
-                    (top - start_row) * side : (bottom - start_row) * side,
-                    (left - start_column) * side : (right - start_column) * side,
+                inner = [
+                    slice((part.start - around.start) * side, (part.stop - around.start) * side)
+                    for part, around in zip(core, outer, strict=True)
                 ]
-                levels = np.rint((core / 2 + np.float32(0.5)).clip(0, 1) * 255)
-                picture[top * side : bottom * side, left * side : right * side] = levels
+                place = [slice(part.start * side, part.stop * side) for part in core]
+                picture[place[0], place[1]] = pixels[inner[0], inner[1]]
+        picture *= np.float32(0.5)
+        picture += np.float32(0.5)
         return picture[: -(-height_px // reduction), : -(-width_px // reduction)]

@@ -55,8 +55,13 @@ def pack(codes: Codes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_C
     return body + checksum(body)
 
 
-def unpack(data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER) -> Codes:
+def unpack(
+    data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER, grids: int | None = None
+) -> Codes:
     """What a file says; the inverse of `pack`.
+
+    grids: read only the first so many grids of the file (at least 1), for a small picture of a large file; the Codes
+        are then those of the rate point that these grids make, and whether the rest is sound is not looked at.
 
     Raises a BitstreamError as `read_header` does, and UnsupportedRatePoint if the model does not offer the rate point.
     """
@@ -66,7 +71,12 @@ def unpack(data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_
         _raise_if_cut(data, rate_points, coder)
         raise
     point = _rate_point(header, rate_points)
-    return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, coder), point)
+    if grids is None or grids >= len(point.grids):
+        return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, coder), point)
+    level = next(k for k, lower in enumerate(rate_points) if lower.grids == point.grids[:grids])
+    decoder = Decoder(header.hyper_latent)
+    first = zip(_counts(header, rate_points[level]), _cdfs(rate_points[level]), strict=True)
+    return _codes(header, level, [decoder.decode(*grid) for grid in first], rate_points[level])
 
 
 def unpack_partial(data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER) -> Codes:
