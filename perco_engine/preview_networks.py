@@ -7,6 +7,7 @@ What models/ladder.py and models/autoencoder.py compute in torch, on the same we
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from .convolution import Array, as_matrix, convolve, interpolate, pad, pool, repeat, shuffle, silu
 from .errors import InvalidModel
@@ -168,3 +170,22 @@ class PreviewNetworks:
         picture *= np.float32(0.5)
         picture += np.float32(0.5)
         return picture[: -(-height_px // reduction), : -(-width_px // reduction)]
+
+
+def export(folder: Path, target: Path) -> None:
+    """Writes of a model folder what previews need, as a folder that PreviewNetworks reads.
+
+    Raises InvalidModel for a folder of another kind, OSError.
+    """
+    PreviewNetworks(folder)
+    for part, needed in (("hyper_enc", _is_decoders), ("vae", lambda name: name.startswith("synthesis."))):
+        (target / part).mkdir(parents=True)
+        weights = load_file(folder / part / WEIGHTS)
+        save_file({name: value for name, value in weights.items() if needed(name)}, target / part / WEIGHTS)
+        shutil.copyfile(folder / part / "config.json", target / part / "config.json")
+    shutil.copyfile(folder / "model_index.json", target / "model_index.json")
+
+
+def _is_decoders(name: str) -> bool:
+    """Whether a tensor of a ladder is one that its decoder needs."""
+    return ".encoder." not in name and not name.endswith(("cluster_size", "embed_avg", "initted"))

@@ -2,9 +2,9 @@
 
     bytes ─> preview.render ─> PNG in memory ─> OUTPUT, in one go          (--quality full: the engine instead)
 
-A cold process for each file, perhaps in a sandbox with a read-only /usr and nothing else: no torch, no network, no home,
-no files but INPUT and OUTPUT.  Whatever the file says, it ends after MOST_SECONDS, within MOST_BYTES of memory, and a
-file that cannot be shown leaves no OUTPUT.
+A cold process for each file, perhaps in a sandbox with a read-only /usr and nothing else: no torch, no network, no
+home, no files but INPUT and OUTPUT.  Whatever the file says, it ends after MOST_SECONDS, within MOST_BYTES of memory,
+and a file that cannot be shown leaves no OUTPUT.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MOST_FILE_BYTES = 32 << 20
 """A larger file is metadata for the most part, all of which would have to be read."""
 
 SYSTEM_STORE = Path(__file__).parent.parent / "store"
-"""Previews of further models, beside a system-wide installation of this package (pillow_perco/desktop/system.py)."""
+"""Previews of further models, in the folder that `perco desktop install --system` makes."""
 
 
 def main(arguments: list[str] | None = None) -> int:

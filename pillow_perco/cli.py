@@ -13,6 +13,7 @@ import pillow_perco
 from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
 
+from .cli_desktop import desktop
 from .cli_evaluate import evaluate, select_coco
 from .cli_models import models
 
@@ -197,6 +198,7 @@ def doctor(build_torchac: bool) -> None:
 
 
 main.add_command(models)
+main.add_command(desktop)
 main.add_command(evaluate)
 main.add_command(select_coco)
 
