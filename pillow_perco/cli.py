@@ -195,6 +195,13 @@ def doctor(build_torchac: bool) -> None:
         torchac_backend.build()
     for line in report():
         click.echo(line)
+    registered = Image.registered_extensions().get(".perco") == "PERCO" and "PERCO" in Image.OPEN
+    click.echo(f"{'Pillow plugin':<24} {'registered by import pillow_perco' if registered else 'not registered'}")
+    if sys.platform.startswith("linux"):
+        from .desktop import check
+
+        for finding in check.findings():
+            click.echo(finding.line)
 
 
 main.add_command(models)
