@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
-from perco_engine.errors import NotAPercoFile, PercoError, PreviewUnavailable
+from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
 
 MAX_FILE_BYTES = 256 << 20
 REDUCTIONS = (8, 4, 2)
@@ -128,7 +128,7 @@ class PercoImageFile(ImageFile.ImageFile):
 
         try:
             return preview.decode(self._file, self._reduction, allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES)
-        except PreviewUnavailable:
+        except (PreviewUnavailable, InvalidModel):
             return None
 
 
