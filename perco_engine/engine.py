@@ -8,13 +8,14 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 
 from . import bitstream, pixels, rates, weights
+from .batch_options import DecodeOptions, EncodeOptions, for_each
 from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_device, best_dtype, cache, weights_bytes
@@ -32,29 +33,6 @@ MOST_SEEDS = 129
 
 BATCH_PIXELS = 4 * 1024 * 1024
 """How many pixels go through the networks together in a batch of pictures of one size."""
-
-
-class EncodeOptions(TypedDict, total=False):
-    """What `Engine.encode` and `Engine.encode_batch` take by name; the latter says what each means."""
-
-    bpp: float | None
-    max_bytes: int | None
-    caption: str | None
-    captioner: str | os.PathLike[str] | Captioner | None
-    seed: int | None
-    best_of: int
-    alpha: bool
-    metadata: Metadata | None
-
-
-class DecodeOptions(TypedDict, total=False):
-    """What `Engine.decode` and `Engine.decode_batch` take by name; the latter says what each means."""
-
-    steps: int | None
-    guidance_scale: float | None
-    seed: int | Sequence[int] | None
-    max_size_px: int | None
-    allow_truncated: bool
 
 
 @dataclass(frozen=True)
@@ -98,6 +76,11 @@ class Engine:
         return self._file_rate_points if k is None else self._file_rate_points[k : k + 1]
 
     @property
+    def steps(self) -> int:
+        """The denoising steps that this model takes by default."""
+        return int(self.pipeline.config.default_num_inference_steps)
+
+    @property
     def _file_rate_points(self) -> tuple[rates.RatePoint, ...]:
         """What the rate point of a file counts: of a family all, whichever are at hand."""
         spec = weights.registered(self.model.registry_id)
@@ -116,12 +99,12 @@ class Engine:
         *,
         bpp: float | None = None,
         max_bytes: int | None = None,
-        caption: str | None = None,
+        caption: str | Sequence[str | None] | None = None,
         captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
         best_of: int = 1,
         alpha: bool = True,
-        metadata: Metadata | None = None,
+        metadata: Metadata | Sequence[Metadata] | None = None,
     ) -> list[bytes]:
         """Pictures as the bytes of .perco files; those of one size go through the networks together.
 
@@ -129,13 +112,14 @@ class Engine:
             best within max_bytes).
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
         caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
+            One for all pictures, or one for each.
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
-        metadata: EXIF, ICC and XMP blocks, stored as they are.
+        metadata: EXIF, ICC and XMP blocks, stored as they are; those of all pictures, or of each.
 
         Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, and
         ModelUnavailable or InvalidModel for the captioner.
@@ -152,10 +136,13 @@ class Engine:
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
-        if caption is None:
-            captions = caption_pictures(get_captioner(captioner, self.device), images)
-        else:
-            captions = [caption] * len(images)
+        captions: list[str | None] = for_each(caption, len(images), "captions")
+        unsaid = [k for k, text in enumerate(captions) if text is None]
+        if unsaid:
+            texts = caption_pictures(get_captioner(captioner, self.device), [images[k] for k in unsaid])
+            for k, written in zip(unsaid, texts, strict=True):
+                captions[k] = written
+        blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
@@ -164,17 +151,17 @@ class Engine:
             for row, k in enumerate(group):
                 grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
         files = []
-        for image, indices, text in zip(images, grids, captions, strict=True):
+        for image, indices, text, block in zip(images, grids, captions, blocks, strict=True):
             codes = Codes(
                 model=self.reference,
                 width_px=image.width,
                 height_px=image.height,
                 rate_point=level if self.model.rate_point is None else self.model.rate_point,
                 indices=indices,
-                caption=text,
+                caption=text or "",
                 seed=DEFAULT_SEED if seed is None else seed,
                 alpha=pixels.alpha_mask(image) if alpha else None,
-                metadata=metadata or Metadata(),
+                metadata=block or Metadata(),
             )
             codes, data = self._fit(codes, image, max_bytes)
             if best_of > 1:
@@ -242,9 +229,7 @@ class Engine:
         The same file gives the same pixels on the same machine, alone or in a batch, up to rounding (1 level of 256).
         Raises BitstreamError, ModelUnavailable, LimitExceeded.
         """
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(files)
-        if len(seeds) != len(files):
-            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
+        seeds = for_each(seed, len(files), "seeds")
         for name, value, least in (
             ("steps", steps, 0), ("max_size_px", max_size_px, 1), *(("seed", one, 0) for one in seeds),
         ):  # fmt: skip

@@ -19,6 +19,7 @@
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
+    ├── ConversionError           a conversion of many files cannot begin as it was asked for
     ├── CoderUnavailable          torchac's extension was asked for and is not built
     └── EvaluationError           an evaluation cannot go on in the folder that it was given
 
@@ -100,6 +101,10 @@ class NotEnoughMemory(PercoError):
 
 class OffloadUnavailable(PercoError):
     """Offload of the networks was asked for, and the package that does it is not installed."""
+
+
+class ConversionError(PercoError):
+    """A conversion of many files cannot begin as it was asked for; nothing was written."""
 
 
 class CoderUnavailable(PercoError):

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 from . import bitstream, rates
+from .batch_options import DecodeOptions, EncodeOptions, for_each, of_members
 from .bitstream.entropy import minimum_bits, uniform_cdf
 from .codes import Codes, ModelReference
 from .weights import Model, ModelSpec, find_for_file
 
 if TYPE_CHECKING:
-    from .engine import DecodeOptions, EncodeOptions, Engine
+    from .engine import Engine
 
 
 class FamilyEngine:
@@ -43,11 +44,11 @@ class FamilyEngine:
         """What is installed, lowest first."""
         return tuple(self._checkpoints)
 
-    def encode(self, image: Image.Image, **options: "Unpack[EncodeOptions]") -> bytes:
+    def encode(self, image: Image.Image, **options: Unpack[EncodeOptions]) -> bytes:
         """One picture as the bytes of a .perco file; see `Engine.encode_batch`."""
         return self.encode_batch([image], **options)[0]
 
-    def encode_batch(self, images: Sequence[Image.Image], **options: "Unpack[EncodeOptions]") -> list[bytes]:
+    def encode_batch(self, images: Sequence[Image.Image], **options: Unpack[EncodeOptions]) -> list[bytes]:
         """Pictures as the bytes of .perco files; the options and errors are those of `Engine.encode_batch`.
 
         The installed rate nearest to `bpp` is taken; with `max_bytes`, for each picture the highest (up to `bpp`) that
@@ -68,36 +69,32 @@ class FamilyEngine:
             ]
             if tried:
                 engine = self._at(point)
-                encoded = engine.encode_batch([images[k] for k in tried], **free)
+                encoded = engine.encode_batch([images[k] for k in tried], **of_members(free, tried, len(images)))
                 files |= {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
         rest = [k for k in range(len(images)) if k not in files]
         if rest:
             engine = self._at(points[0])
-            files |= dict(zip(rest, engine.encode_batch([images[k] for k in rest], **options), strict=True))
+            encoded = engine.encode_batch([images[k] for k in rest], **of_members(options, rest, len(images)))
+            files |= dict(zip(rest, encoded, strict=True))
         return [files[k] for k in range(len(images))]
 
-    def decode(self, data: bytes, **options: "Unpack[DecodeOptions]") -> Image.Image:
+    def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image:
         """The picture in the bytes of a .perco file; see `Engine.decode_batch`."""
         return self.decode_batch([data], **options)[0]
 
-    def decode_batch(self, files: Sequence[bytes], **options: "Unpack[DecodeOptions]") -> list[Image.Image]:
+    def decode_batch(self, files: Sequence[bytes], **options: Unpack[DecodeOptions]) -> list[Image.Image]:
         """The pictures in the bytes of .perco files; the options and errors are those of `Engine.decode_batch`.
 
         Files of one checkpoint are decoded together, one checkpoint after the other.
         """
-        seeds = options.get("seed")
-        if isinstance(seeds, Sequence) and len(seeds) != len(files):
-            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
+        for_each(options.get("seed"), len(files), "seeds")
         gathered: dict[ModelReference, list[int]] = {}
         for k, data in enumerate(files):
             header = bitstream.read_header(data, allow_truncated=options.get("allow_truncated", False))
             gathered.setdefault(header.model, []).append(k)
         images: dict[int, Image.Image] = {}
         for members in gathered.values():
-            group = [files[k] for k in members]
-            own: DecodeOptions = {**options}
-            if isinstance(seeds, Sequence):
-                own["seed"] = [seeds[k] for k in members]
+            group, own = [files[k] for k in members], of_members(options, members, len(files))
             decoded = self._engine_for(group[0], options.get("allow_truncated", False)).decode_batch(group, **own)
             images |= dict(zip(members, decoded, strict=True))
         return [images[k] for k in range(len(files))]

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+_unfinished: set[Path] = set()
+"""What is being written at this moment."""
+
 
 def write_beside(path: str | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True) -> None:
     """Writes a file whole or not at all: beside its place first, then renamed.
@@ -16,6 +19,7 @@ def write_beside(path: str | os.PathLike[str], data: bytes, *, mode: int | None 
     # Not the target's own name with something added: that might be longer than a name can be.
     handle, name = tempfile.mkstemp(prefix=".perco-", dir=target.parent)
     beside = Path(name)
+    _unfinished.add(beside)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -31,6 +35,14 @@ def write_beside(path: str | os.PathLike[str], data: bytes, *, mode: int | None 
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    finally:
+        _unfinished.discard(beside)
+
+
+def discard_unfinished() -> None:
+    """Takes back what other threads are writing at this moment, for a process that is about to end without them."""
+    for beside in tuple(_unfinished):
+        beside.unlink(missing_ok=True)
 
 
 def make_private(folder: Path) -> None:

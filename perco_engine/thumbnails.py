@@ -20,6 +20,9 @@ from .errors import PercoError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .engine import Engine
+    from .family import FamilyEngine
+
 SIZES_PX = {"xx-large": 1024, "x-large": 512, "large": 256, "normal": 128}
 """The folders of the cache, and the longer side of a thumbnail in each; largest first."""
 
@@ -166,6 +169,15 @@ def _is_thumbnail(path: str | os.PathLike[str]) -> bool:
     """Whether a file lies in the cache itself: those get no thumbnails of their own."""
     folder = cache_folder()
     return folder is not None and folder.resolve() in Path(path).resolve().parents
+
+
+def is_wanted(asked: bool | None, engine: "Engine | FamilyEngine") -> bool:
+    """Whether files that this engine encodes are to have thumbnails: as asked, else if it decodes them in one step.
+
+    Never where there is no cache.  (A picture of twenty steps takes minutes on a CPU: that is not done unasked.)
+    """
+    wanted = getattr(engine, "steps", 2) <= 1 if asked is None else asked
+    return bool(wanted) and cache_folder() is not None
 
 
 @dataclass(frozen=True)

@@ -117,16 +117,21 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
         figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)
     figures["decode to 256 pixels (s)"] = _median_seconds(lambda: engine.decode(data, max_size_px=256), times)
     return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": str(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
-            "python": platform.python_version(),
-            "torch": torch.__version__.split("+")[0],
-        },
+        "machine": machine(engine, torch),
         "picture": f"{SIZE[0]}x{SIZE[1]}",
         "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
+
+
+def machine(engine: Any, torch: Any) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(engine.device),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
     }
 
 
