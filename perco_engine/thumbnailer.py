@@ -108,7 +108,11 @@ def fast(data: bytes, size_px: int) -> "Image.Image":
 
 
 def full(data: bytes, size_px: int) -> "Image.Image":
-    """The picture as its networks decode it."""
+    """The picture as its networks decode it: in the warm engine where one runs, else here."""
+    from . import service
+
+    if (picture := service.decode(data, max_size_px=size_px)) is not None:
+        return picture
     from .bitstream import read_header
     from .engine import get_engine_for
 
