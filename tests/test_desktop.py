@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_merged_into_is_left(home: Path, text: str) -> Non
         assert result.exit_code == 1 and "uca.xml cannot be merged into" in result.output
         assert menu.read_text() == text
     else:  # an empty file is no loss
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.output
 
 
 def test_the_files_are_what_they_should_be(home: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_system_wide_installation(destination: Path, photo: Image.Image, tmp_p
     app = destination / "usr/local/lib/pillow-perco/app"
     wrapper = (destination / "usr/local/bin/perco-thumbnailer").read_text()
     assert wrapper.startswith("#!/usr/bin/python3") and str(destination) not in wrapper
-    assert not list(app.rglob("*torch*")) and not list(app.glob("perco_engine/embedded/unet"))
+    assert not (app / "torch").exists() and not list(app.glob("perco_engine/embedded/unet"))
     assert sum(path.stat().st_size for path in app.rglob("*") if path.is_file()) < 120e6
     assert b"pillow-perco-png" in (destination / "etc/xdg/Thunar/uca.xml").read_bytes()
     path = tmp_path / "x.perco"

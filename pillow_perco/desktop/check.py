@@ -119,7 +119,8 @@ def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
 def seen_by_sandbox(helper: Path) -> bool:
     """Whether a program, what it is a link to, and its interpreter lie under /usr."""
     files = [helper, helper.resolve()]
-    first = helper.open("rb").readline(256)
+    with helper.open("rb") as file:
+        first = file.readline(256)
     if first.startswith(b"#!"):
         interpreter = Path(first[2:].split()[0].decode(errors="replace"))
         files += [interpreter, interpreter.resolve()]

@@ -30,6 +30,8 @@ def install(place: Place) -> Iterator[str]:
     if place.is_system:
         yield from system.install(place, manifest)
     for path, (data, mode) in points.files(place).items():
+        if not place.is_system and str(path) not in manifest.written and _is_for_all(path, place):
+            continue
         before = manifest.original(path) if str(path) in manifest.written else content(path)
         manifest.put(path, data, mode, before)
         yield f"{path}"
@@ -74,6 +76,13 @@ def uninstall(place: Place) -> Iterator[str]:
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _is_for_all(path: Path, place: Place) -> bool:
+    """Whether a system-wide installation has this file already: two of them would make two menu entries."""
+    system_place = points.system_place()
+    twin = system_place.data / path.relative_to(place.data)
+    return str(twin) in Manifest.read(system_place.manifest).written and twin.exists()
 
 
 def thunar_file(place: Place) -> Path:
