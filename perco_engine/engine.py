@@ -18,17 +18,15 @@ from . import bitstream, pixels, rates, weights
 from .batch_options import DecodeOptions, EncodeOptions, for_each
 from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
-from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
+from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import BudgetTooSmall, InvalidModel, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
 from .memory import Placement, explained
+from .opacity import opacity
 from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
-
-MAX_PIXELS = 178_956_970
-"""The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
 
 CODER = AutomaticCoder()
 
@@ -331,7 +329,7 @@ def _reduction(width_px: int, height_px: int, max_size_px: int | None) -> int:
 def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.Image:
     """The decoded picture with its opacity, within max_size_px."""
     if codes.alpha is not None:
-        image.putalpha(pixels.opacity(codes.alpha, codes.width_px, codes.height_px).resize(image.size))
+        image.putalpha(opacity(codes.alpha, codes.width_px, codes.height_px, image.size))
     if max_size_px is not None and max(image.size) > max_size_px:
         scale = max_size_px / max(codes.width_px, codes.height_px)
         size = max(1, round(codes.width_px * scale)), max(1, round(codes.height_px * scale))

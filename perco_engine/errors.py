@@ -14,7 +14,8 @@
     ├── ModelError
     │   ├── ModelUnavailable      the model is not known, or not on this machine
     │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
-    │   └── UnsupportedRatePoint  the model does not offer this rate point
+    │   ├── UnsupportedRatePoint  the model does not offer this rate point
+    │   └── PreviewUnavailable    the model has nothing that a preview without torch can be made of
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
     ├── NotFinite                 the networks made numbers that are none
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
@@ -87,6 +88,10 @@ class InvalidModel(ModelError):
 
 class UnsupportedRatePoint(ModelError):
     """The model does not offer the rate point that a file names."""
+
+
+class PreviewUnavailable(ModelError):
+    """A model has nothing that a small picture can be made of without its networks."""
 
 
 class BudgetTooSmall(PercoError, ValueError):

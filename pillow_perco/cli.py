@@ -14,6 +14,7 @@ from perco_engine.files import write_beside
 
 from .cli_compare import compare
 from .cli_convert import convert
+from .cli_desktop import desktop
 from .cli_evaluate import evaluate, find_peers, select_coco
 from .cli_models import models
 from .cli_train import train
@@ -220,6 +221,13 @@ def doctor(build_torchac: bool) -> None:
         torchac_backend.build()
     for line in report():
         click.echo(line)
+    registered = Image.registered_extensions().get(".perco") == "PERCO" and "PERCO" in Image.OPEN
+    click.echo(f"{'Pillow plugin':<24} {'registered by import pillow_perco' if registered else 'not registered'}")
+    if sys.platform.startswith("linux"):
+        from .desktop import check
+
+        for finding in check.findings():
+            click.echo(finding.line)
 
 
 main.add_command(models)
@@ -227,6 +235,7 @@ main.add_command(convert)
 main.add_command(view)
 main.add_command(service)
 main.add_command(compare)
+main.add_command(desktop)
 main.add_command(evaluate)
 main.add_command(find_peers)
 main.add_command(select_coco)

@@ -32,6 +32,14 @@ def peak_bytes(act: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that install under /usr/local are for those who ask for them."""
+    if "desktop" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("desktop"):
+                item.add_marker(pytest.mark.skip(reason="installs under /usr/local: pytest -m desktop"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models that whoever runs the tests has installed are not looked at."""

@@ -1,6 +1,6 @@
 """Installing a model: from a published folder, or from the hub, into the store.
 
-published folder ─> copy, convert, complete ─> check every key and shape ─> record ─> rename into the store
+published folder ─> copy, convert, complete ─> check every key and shape ─> colours for previews ─> record ─> rename
 """
 
 import json
@@ -16,7 +16,7 @@ from ..bitstream.prior import PRIOR_FILE, Prior
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES, DEFAULTS, is_null, read_json
 from ..version import __version__
-from . import checkpoint
+from . import checkpoint, preview_colours
 from .check import REFERENCE_DESIGNS, check_folder, rate_text
 from .checkpoint import Checkpoint
 from .component_files import BASE_DOCUMENTS, bring, bring_documents, is_document, is_there
@@ -107,6 +107,8 @@ def _install(
         fallback = re.sub(r"[^A-Za-z0-9._-]+", "-", default_name or source.resolve().name).strip("-._") or "model"
         chosen = name or (f"{found_family}-{point.bpp:.4f}" if found_family else fallback)
         _check_name(chosen)
+        if entries["hyper_enc"][1] in REFERENCE_DESIGNS and entries["vae"][1] == "AutoencoderKL":
+            preview_colours.write(folder, entries)
         files = hashes(folder)
         for path, digest in expected.items():
             if files.get(path, digest) != digest:
