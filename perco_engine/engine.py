@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import bitstream, pixels, rates, weights
+from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
 from .bitstream.prior import Prior
 from .captioner import Captioner, caption_pictures, get_captioner
 from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference

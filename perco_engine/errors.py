@@ -19,6 +19,7 @@
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
     ├── CoderUnavailable          torchac's extension was asked for and is not built
+    ├── UnfitPackages             (also an ImportError) an installed package does not work with another
     └── EvaluationError           an evaluation cannot go on in the folder that it was given
 
 Each message says what is wrong and, where there is something to do, what to do.
@@ -99,6 +100,10 @@ class OffloadUnavailable(PercoError):
 
 class CoderUnavailable(PercoError):
     """torchac's compiled extension was asked for and is not built on this machine."""
+
+
+class UnfitPackages(PercoError, ImportError):
+    """Two installed packages do not work together; the text says which, and what to do."""
 
 
 class EvaluationError(PercoError):
