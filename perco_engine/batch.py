@@ -5,7 +5,7 @@
 
 The queues between the threads have no bounds of their own: a reader begins a picture only when the budget has room for
 it, and the budget gets it back when the picture is written or has failed.  The networks never wait for a batch to fill:
-they take what has been read, up to engine.BATCH_PIXELS of one size.
+they take what has been read, up to engine.BATCH_PIXELS of one size (batch_networks.py).
 """
 
 import io
@@ -15,64 +15,28 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from . import files, picture_files, thumbnails
+from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
 from .codes import Metadata
 from .conversion import Task
 from .errors import PercoError
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .family import FamilyEngine
-
 READERS = WRITERS = 2
 PIXELS_IN_FLIGHT = 48 << 20
 """Some hundred megabytes of pictures that are read, at work, or to be written."""
-
-MOST_IN_BATCH = 32
-"""Small pictures are not kept back for longer than that."""
-
-MOST_IN_BATCH_CPU = 4
-"""A CPU gains nothing from more, which only take memory."""
 
 MAX_FILE_BYTES = 256 << 20
 """Of a .perco file: what the plugin takes."""
 
 STOP_SECONDS = 0.5
 """How long a file that is being written may take to be finished when the work is broken off."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How files are converted.  What is None is the model's, or the file's.
-
-    bpp, max_bytes, captioner, model: of encoding, as `Engine.encode_batch` takes them.
-    caption: of every picture; None: the text of a .txt file beside the photo, if `sidecars`.
-    steps, guidance_scale: of decoding.  seed: of both.
-    keep_metadata: EXIF and XMP travel along.
-    delete_source: remove a source when the written file was read back and found good.
-    thumbnails: of written .perco files, into the desktop's cache, when nothing else is to do; None: if the model
-        decodes in one step.
-    """
-
-    model: str = "embedded"
-    bpp: float | None = None
-    max_bytes: int | None = None
-    caption: str | None = None
-    sidecars: bool = True
-    captioner: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    keep_metadata: bool = False
-    delete_source: bool = False
-    thumbnails: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +60,6 @@ class Thumbnailed:
 
     path: Path
     error: str = ""
-
-
-@dataclass
-class _Item:
-    """A task on its way: what was read, and then what is to be written."""
-
-    task: Task
-    pixels: int
-    size: tuple[int, int]
-    state: os.stat_result
-    key: tuple[Any, ...]
-    image: Image.Image | None = None
-    data: bytes = b""
-    caption: str | None = None
-    metadata: Metadata = field(default_factory=Metadata)
 
 
 class _Budget:
@@ -160,9 +109,9 @@ class _Work:
         self._next_task = threading.Lock()
         self._budget = _Budget(PIXELS_IN_FLIGHT)
         self._stopping = threading.Event()
-        self._networks = _Networks(settings)
-        self._for_networks: queue.SimpleQueue[_Item | Path | None] = queue.SimpleQueue()
-        self._for_writers: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._networks = Networks(settings)
+        self._for_networks: queue.SimpleQueue[Item | Path | None] = queue.SimpleQueue()
+        self._for_writers: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Result | Thumbnailed | BaseException | None] = queue.SimpleQueue()
         self._writers = [self._thread(self._write_all) for _ in range(WRITERS)]
 
@@ -240,7 +189,7 @@ class _Work:
     def _run_networks(self) -> None:
         """Batches while there are any; thumbnails of what is written when there are none."""
         self._networks.import_engine()
-        waiting: dict[tuple[Any, ...], list[_Item]] = {}
+        waiting: dict[tuple[Any, ...], list[Item]] = {}
         written: list[Path] = []
         reading = READERS
         while reading or waiting:
@@ -258,7 +207,7 @@ class _Work:
                 else:
                     waiting.setdefault(news.key, []).append(news)
             if waiting:
-                self._run_batch(_next_batch(waiting))
+                self._run_batch(next_batch(waiting))
             elif written:
                 self._make_thumbnails(written.pop(0))
         for _ in range(WRITERS):
@@ -275,7 +224,7 @@ class _Work:
             self._make_thumbnails(path)
         self._done.put(None)
 
-    def _run_batch(self, batch: Sequence[_Item]) -> None:
+    def _run_batch(self, batch: Sequence[Item]) -> None:
         self._networks.load(batch[0].task.encodes)
         try:
             self._networks.run(batch)
@@ -307,7 +256,7 @@ class _Work:
             if item.task.encodes:
                 self._for_networks.put(item.task.target)
 
-    def _write(self, item: _Item) -> int:
+    def _write(self, item: Item) -> int:
         """Writes the target, and removes the source if that is asked for.  Returns the target's bytes."""
         target = item.task.target
         if item.image is not None:
@@ -323,68 +272,7 @@ class _Work:
         return len(item.data)
 
 
-class _Networks:
-    """The engine, imported and loaded by the thread that runs it, so that reading does not wait for that."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._engine: Engine | FamilyEngine | None = None
-        self._loaded = False
-        self.make_thumbnails = False
-
-    def import_engine(self) -> None:
-        """Imports torch, which takes some seconds."""
-        from . import engine  # noqa: F401
-
-    def load(self, encodes: bool) -> None:
-        """Loads the model for encoding; makes a folder's model known for decoding.  Once only."""
-        from .engine import get_engine
-        from .weights import find
-
-        if self._loaded:
-            return
-        if encodes:
-            self._engine = get_engine(self._settings.model)
-            self.make_thumbnails = thumbnails.is_wanted(self._settings.thumbnails, self._engine)
-        elif self._settings.model != "embedded":
-            find(self._settings.model)
-        self._loaded = True
-
-    def run(self, batch: Sequence[_Item]) -> None:
-        """Files of pictures of one size, or pictures of files of one size and model, each into its item."""
-        from .engine import get_engine_for
-
-        settings = self._settings
-        if self._engine is not None:
-            encoded = self._engine.encode_batch(
-                [item.image for item in batch if item.image is not None],
-                bpp=settings.bpp,
-                max_bytes=settings.max_bytes,
-                caption=[item.caption for item in batch],
-                captioner=settings.captioner,
-                seed=settings.seed,
-                metadata=[item.metadata for item in batch],
-            )
-            for item, data in zip(batch, encoded, strict=True):
-                item.data, item.image = data, None
-            return
-        header = read_header(batch[0].data)
-        decoded = get_engine_for(header.model, rate_point=header.rate_point).decode_batch(
-            [item.data for item in batch],
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            seed=settings.seed,
-        )
-        for item, picture in zip(batch, decoded, strict=True):
-            item.image = picture
-
-    def check(self, data: bytes) -> None:
-        """Raises BitstreamError unless these bytes are a whole file of the model for encoding."""
-        assert self._engine is not None
-        self._engine.codes(data)
-
-
-def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> _Item:
+def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
     state = _state(task.source)
     with Image.open(task.source) as opened:
         if opened.format == "PERCO":
@@ -396,10 +284,10 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
     if caption is None and settings.sidecars:
         caption = picture_files.sidecar_caption(task.source)
     size = photo.image.size
-    return _Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
+    return Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
 
 
-def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> _Item:
+def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
     state = _state(task.source)
     if state.st_size > MAX_FILE_BYTES:
         raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
@@ -409,7 +297,7 @@ def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> 
     take(size[0] * size[1])
     metadata = header.metadata if settings.keep_metadata else Metadata()
     key = (*size, header.model, header.rate_point)
-    return _Item(task, size[0] * size[1], size, state, key, data=data, metadata=metadata)
+    return Item(task, size[0] * size[1], size, state, key, data=data, metadata=metadata)
 
 
 def _state(path: Path) -> os.stat_result:
@@ -420,26 +308,7 @@ def _state(path: Path) -> os.stat_result:
     return state
 
 
-def most_in_batch(pixels: int) -> int:
-    """How many pictures of so many pixels go through the networks together."""
-    from .devices import best_device
-    from .engine import BATCH_PIXELS
-
-    most = MOST_IN_BATCH_CPU if best_device().type == "cpu" else MOST_IN_BATCH
-    return min(most, max(1, BATCH_PIXELS // pixels))
-
-
-def _next_batch(waiting: dict[tuple[Any, ...], list[_Item]]) -> list[_Item]:
-    """Takes the next batch out of the pictures that wait: those of the size that has waited longest."""
-    key, items = next(iter(waiting.items()))
-    most = most_in_batch(items[0].pixels)
-    del waiting[key]
-    if len(items) > most:
-        waiting[key] = items[most:]
-    return items[:most]
-
-
-def _check_written(item: _Item, networks: _Networks) -> None:
+def _check_written(item: Item, networks: Networks) -> None:
     """Reads the target back from the disk.  Raises OSError, BitstreamError unless it may take the source's place."""
     written = item.task.target.read_bytes()
     if written != item.data:

@@ -16,13 +16,15 @@ from PIL import Image
 
 from . import bitstream, pixels, rates, weights
 from .batch_options import DecodeOptions, EncodeOptions, for_each
-from .captioner import Captioner, caption_pictures, get_captioner
+from .bitstream.prior import Prior
+from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
-from .devices import best_device, best_dtype, cache, weights_bytes
-from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .devices import best_dtype, cache, usable_device, weights_bytes
+from .errors import BudgetTooSmall, InvalidModel, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
 from .memory import Placement, explained
 from .opacity import opacity
+from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
 
@@ -47,7 +49,8 @@ class _Job:
 class Engine:
     """A loaded model.  Get one with `get_engine`; its methods may be called from several threads.
 
-    model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
+    model: where it lies and how files name it.  device, dtype: of the networks.  prior: of its indices, or None.
+    size_bytes: memory of the weights.
     """
 
     def __init__(
@@ -57,6 +60,12 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
+        if model.rate_point is not None and self.pipeline.hyper_enc.rate_points != self.rate_points:
+            raise InvalidModel(
+                f"{model.folder} is of {self.pipeline.hyper_enc.rate_points[0].bpp} bpp, and was to be of "
+                f"{self.rate_points[0].bpp}: the file that names it is damaged, or the record of the model"
+            )
+        self.prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,20 +137,17 @@ class Engine:
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         if bpp is None and max_bytes is None:
             level = rates.nearest(points, rates.DEFAULT_BPP)
-        rates.check_max_bytes(max_bytes)
-        if isinstance(best_of, bool) or not isinstance(best_of, int) or not 1 <= best_of <= MOST_SEEDS:
-            raise ValueError(f"best_of must be a number of seeds from 1 to {MOST_SEEDS}, not {best_of!r}")
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
+        best_of = whole_number("best_of", best_of, 1, MOST_SEEDS)
+        if seed is not None:
+            seed = check_seed(seed)
         if best_of > 1 and seed is not None:
             raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
-        captions: list[str | None] = for_each(caption, len(images), "captions")
-        unsaid = [k for k, text in enumerate(captions) if text is None]
-        if unsaid:
-            texts = caption_pictures(get_captioner(captioner, self.device), [images[k] for k in unsaid])
-            for k, written in zip(unsaid, texts, strict=True):
-                captions[k] = written
+        captions = choose_captions(caption, captioner, images, self.device)
         blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
@@ -166,7 +172,7 @@ class Engine:
             codes, data = self._fit(codes, image, max_bytes)
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
-                longer = bitstream.pack(seeded, self._file_rate_points, coder=CODER)
+                longer = self._pack(seeded)
                 data = longer if max_bytes is None or len(longer) <= max_bytes else data
             files.append(data)
         return files
@@ -180,9 +186,12 @@ class Engine:
             errors += [float(np.square(np.asarray(picture, np.float32) - original).mean()) for picture in decoded]
         return errors.index(min(errors))
 
+    def _pack(self, codes: Codes) -> bytes:
+        return bitstream.pack(codes, self._file_rate_points, prior=self.prior, coder=CODER)
+
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
-        data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
+        data = self._pack(codes)
         smallest = len(data)
         while max_bytes is not None and len(data) > max_bytes:
             if len(codes.indices) > 1:
@@ -195,7 +204,7 @@ class Engine:
                     f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
                     f"opacity), or reduce the picture"
                 )
-            data = bitstream.pack(codes, self._file_rate_points, coder=CODER)
+            data = self._pack(codes)
             smallest = min(smallest, len(data))
         return codes, data
 
@@ -229,12 +238,11 @@ class Engine:
         The same file gives the same pixels on the same machine, alone or in a batch, up to rounding (1 level of 256).
         Raises BitstreamError, ModelUnavailable, LimitExceeded.
         """
-        seeds = for_each(seed, len(files), "seeds")
-        for name, value, least in (
-            ("steps", steps, 0), ("max_size_px", max_size_px, 1), *(("seed", one, 0) for one in seeds),
-        ):  # fmt: skip
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        seeds = [None if one is None else check_seed(one) for one in for_each(seed, len(files), "seeds")]
+        if steps is not None:
+            steps = whole_number("steps", steps, 0)
+        if max_size_px is not None:
+            max_size_px = whole_number("max_size_px", max_size_px, 1)
         jobs: list[tuple[Engine, _Job]] = []
         for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
@@ -272,7 +280,9 @@ class Engine:
                 f"the file is of {points[header.rate_point].bpp} bpp, and the weights that it names, "
                 f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
             )
-        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(data, points, coder=CODER)
+        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
+            data, points, prior=self.prior, coder=CODER
+        )
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
@@ -340,9 +350,12 @@ def get_engine(
     For a family, an engine that loads the checkpoint of the rate that is asked for.
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
     compile, offload: see `perco_engine.memory.Placement`.
-    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, and ValueError for compile with offload,
+    a device that cannot be used here, or a dtype that is none of torch's.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a dtype of torch, such as torch.bfloat16, not {dtype!r}")
+    chosen = usable_device(device)
     precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
     spec = weights.named(model) if isinstance(model, str) else None
     if spec is not None and spec.is_family:
@@ -357,9 +370,9 @@ def get_engine_for(
     """The engine that decodes files which name this model.
 
     rate_point: of the file; an error then says which rate of a family is missing.
-    Raises ModelUnavailable, InvalidModel.
+    Raises ModelUnavailable, InvalidModel, ValueError for a device that cannot be used here.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    chosen = usable_device(device)
     return load(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))
 
 

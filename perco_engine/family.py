@@ -9,7 +9,9 @@ from PIL import Image
 from . import bitstream, rates
 from .batch_options import DecodeOptions, EncodeOptions, for_each, of_members
 from .bitstream.entropy import minimum_bits, uniform_cdf
+from .captioner import choose_captions
 from .codes import Codes, ModelReference
+from .options import whole_number
 from .weights import Model, ModelSpec, find_for_file
 
 if TYPE_CHECKING:
@@ -55,11 +57,14 @@ class FamilyEngine:
         fits.  Opacity is kept as fine as it is before the lowest rate is reached, and then grows coarser.
         """
         bpp, max_bytes = options.get("bpp"), options.get("max_bytes")
-        rates.check_max_bytes(max_bytes)
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
         points = self.rate_points
         if max_bytes is None:
             chosen = rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
             return self._at(points[chosen]).encode_batch(images, **options)
+        captions = choose_captions(options.get("caption"), options.get("captioner"), images, self.device)
+        options = {**options, "caption": captions}
         files: dict[int, bytes] = {}
         highest = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         free: EncodeOptions = {**options, "max_bytes": None}

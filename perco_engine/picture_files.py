@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import pixels
 from .codes import Metadata
 
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -43,7 +42,9 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
 
     keep_metadata: take the EXIF and XMP blocks along.
     """
-    image = pixels.as_seen(opened)
+    from .pixels import as_seen  # which takes torch: planning a conversion does not
+
+    image = as_seen(opened)
     image.load()
     if not keep_metadata:
         return Photo(image, Metadata())

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from . import bitstream, weights
+from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
 from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
 from .opacity import opacity
@@ -60,14 +61,15 @@ class Previewer:
             grid = Grid(512 // int(config["cfg_ss"]), int(config["cfg_cs"]))
             points = (RatePoint(round(grid.bits_per_pixel, 4), (grid,)),)
             self.colours = _read_colours(model.folder, grid.codebook_size)
+        self._prior = Prior.load(model.folder)
         spec = weights.registered(model.registry_id)
         self.rate_points = spec.rate_points if spec else tuple(points)
 
     def codes(self, data: bytes, *, grids: int | None = None, allow_truncated: bool = False) -> Codes:
         """What a file of this model says; see bitstream.unpack and unpack_partial."""
         if allow_truncated:
-            return bitstream.unpack_partial(data, self.rate_points)
-        return bitstream.unpack(data, self.rate_points, grids=grids)
+            return bitstream.unpack_partial(data, self.rate_points, prior=self._prior)
+        return bitstream.unpack(data, self.rate_points, prior=self._prior, grids=grids)
 
     def picture(self, data: bytes, width_px: int, height_px: int, size: tuple[int, int]) -> Image.Image:
         """The picture of a file of width_px x height_px pixels, made `size` pixels small; RGB, or RGBA with opacity."""

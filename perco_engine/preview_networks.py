@@ -152,6 +152,8 @@ def export(folder: Path, target: Path) -> None:
         save_file({name: value for name, value in weights.items() if needed(name)}, target / part / WEIGHTS)
         shutil.copyfile(folder / part / "config.json", target / part / "config.json")
     shutil.copyfile(folder / "model_index.json", target / "model_index.json")
+    if (folder / "prior").is_dir():
+        shutil.copytree(folder / "prior", target / "prior")
 
 
 def _is_decoders(name: str) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
+from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
 MAX_FILE_BYTES = 256 << 20
 REDUCTIONS = (8, 4, 2)
@@ -22,12 +23,23 @@ REDUCTIONS = (8, 4, 2)
 
 @dataclass(frozen=True)
 class OpenerOptions:
-    """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device."""
+    """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device.
+
+    Raises ValueError for a wrong value; whether there is such a device is seen when pixels are asked for.
+    """
 
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            whole_number("steps", self.steps, 0)
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 def _accept(prefix: bytes) -> bool:
@@ -173,7 +185,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
     for name, block in blocks.items():
         if not isinstance(block, bytes):
             raise ValueError(f"{name} must be bytes, not {type(block).__name__}")
-    for name, kinds in (("caption", str), ("seed", int), ("alpha", bool)):
+    for name, kinds in (("caption", str), ("alpha", bool)):
         value = options.get(name)
         if value is not None and not isinstance(value, kinds):
             raise ValueError(f"{name} must be of type {kinds.__name__}, not {value!r}")

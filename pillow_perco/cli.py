@@ -12,10 +12,12 @@ import pillow_perco
 from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
 
+from .cli_compare import compare
 from .cli_convert import convert
 from .cli_desktop import desktop
-from .cli_evaluate import evaluate, select_coco
+from .cli_evaluate import evaluate, find_peers, select_coco
 from .cli_models import models
+from .cli_train import train
 from .cli_view import service, view
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
@@ -232,9 +234,12 @@ main.add_command(models)
 main.add_command(convert)
 main.add_command(view)
 main.add_command(service)
+main.add_command(compare)
 main.add_command(desktop)
 main.add_command(evaluate)
+main.add_command(find_peers)
 main.add_command(select_coco)
+main.add_command(train)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -100,8 +100,9 @@ def convert(
             report.tell(task, "planned")
         report.end()
         return
-    from perco_engine.batch import Result, Settings
+    from perco_engine.batch import Result
     from perco_engine.batch import convert as converted
+    from perco_engine.batch_networks import Settings
     from perco_engine.watch import watch as watched
 
     work = tasks if watch is None else watched(request, existing == "overwrite")

@@ -1,10 +1,11 @@
-"""`perco evaluate` and `perco select-coco`: thin commands over perco_engine.evaluation."""
+"""`perco evaluate`, `perco peers` and `perco select-coco`: thin commands over perco_engine.evaluation."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
+OUT = click.Path(file_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -18,17 +19,19 @@ def listed(text: str | None, kind: type) -> tuple[Any, ...]:
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the results.")
+@click.option("--out", required=True, type=OUT, help="Folder of the results.")
 @click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
 @click.option("--steps", metavar="A,B,...", help="Denoising steps, a decode each.  [default: the model's]")
 @click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
 @click.option("--against", metavar="A,B,...", help="Classical formats in the same bytes: jpeg,webp,avif,jxl. Slow.")
+@click.option("--peers", type=OUT, help="Keeps the classical files that were tried, for other runs.  [default: in OUT]")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that look for them.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many photos.")
 @click.option("--captioner", metavar="MODEL", help="Writes the captions of photos without a .txt file beside them.")
 def evaluate(
     folder: Path, out: Path, model: str, bpp: str | None, steps: str | None, metrics: str | None, against: str | None,
-    limit: int | None, captioner: str | None,
+    peers: Path | None, jobs: int, limit: int | None, captioner: str | None,
 ) -> None:  # fmt: skip
     """Encode and decode the photos of FOLDER at every rate, and measure rates, quality and times.
 
@@ -48,10 +51,33 @@ def evaluate(
         listed(against, str),
         limit,
         captioner,
+        peers,
+        jobs,
     )
     run = evaluation.evaluate(settings, lambda text: click.echo(text, err=True))
     click.echo(report.write(run))
     click.echo(f"\nlook at {out / 'summary.md'}")
+
+
+@click.command("peers")
+@click.argument("folder", type=FOLDER)
+@click.option("--bpp", required=True, metavar="A,B,...", help="Bits per pixel of whole files, at most.")
+@click.option("--keep", required=True, type=OUT, help="Folder that keeps what was tried, for other runs.")
+@click.option("--against", metavar="A,B,...", default="jpeg,webp,avif,jxl", show_default=True, help="Formats.")
+@click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that search.")
+def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | None, jobs: int) -> None:
+    """Find the best JPEG, WebP, AVIF and JPEG XL files of the photos of FOLDER at given rates, and print their means.
+
+    The best is searched over scale and quality, for each metric by that metric.  What is kept serves
+    perco evaluate --peers and perco compare --peers too.
+    """
+    from perco_engine.evaluation import metrics as all_metrics
+    from perco_engine.evaluation import peers
+
+    names = listed(metrics, str) or tuple(all_metrics.METRICS)
+    rates, formats = listed(bpp, float), listed(against, str)
+    click.echo(peers.tabulate(folder, keep, rates, formats, names, jobs, lambda text: click.echo(text, err=True)))
 
 
 @click.command("select-coco")

@@ -97,10 +97,10 @@ def test_caption_is_a_chunk() -> None:
 
 
 def test_all_fields_of_the_first_ten_bytes() -> None:
-    points = tuple(ONE_GRID * 16)
-    codes = Codes(ModelReference(31), 0xFFFF, 2, 15, (np.zeros((1, 8192), dtype=np.int32),))
+    points = tuple(ONE_GRID * 8)
+    codes = Codes(ModelReference(31), 0xFFFF, 2, 7, (np.zeros((1, 8192), dtype=np.int32),))
     data = pack(codes, points)
-    assert data[:10] == bytes.fromhex("93 50 43 6F  1F  1F  FF FE 00 01")
+    assert data[:10] == bytes.fromhex("93 50 43 6F  17  1F  FF FE 00 01")
     assert unpack(data, points) == codes
 
 

@@ -17,6 +17,7 @@ from conftest import opened_size
 from PIL import Image
 
 from perco_engine import batch, thumbnails
+from perco_engine.batch_networks import Settings
 from perco_engine.conversion import Task
 from pillow_perco.cli import main
 
@@ -200,7 +201,7 @@ def test_memory_is_bounded_by_what_is_in_flight(photo: Image.Image, monkeypatch:
             ahead = max(ahead, k - done)
             yield Task(Path("a.png"), Path(f"out/{k}.perco"))
 
-    for _ in batch.convert(tasks(), batch.Settings(thumbnails=False)):
+    for _ in batch.convert(tasks(), Settings(thumbnails=False)):
         done += 1
     assert done == 12 and ahead <= 3 + batch.READERS
 
@@ -208,7 +209,7 @@ def test_memory_is_bounded_by_what_is_in_flight(photo: Image.Image, monkeypatch:
 def test_breaking_off_leaves_no_thread_writing(photo: Image.Image) -> None:
     photo.save("a.png")
     tasks = [Task(Path("a.png"), Path(f"out/{k}.perco")) for k in range(100)]
-    results = batch.convert(tasks, batch.Settings(thumbnails=False))
+    results = batch.convert(tasks, Settings(thumbnails=False))
     next(results)
     results.close()
     there = names("out")

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -203,48 +202,8 @@ def test_a_metric_is_not_defined_for_small_pictures() -> None:
     assert measured(Image.new("RGB", (300, 160))) == {"ms_ssim": None, "psnr": 1.0}
 
 
-@pytest.fixture
-def few_scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, ...]]:
+def test_peers_in_the_same_bytes(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classical, "SCALES", (1, 2, 4))
-    yield (1, 2, 4)
-
-
-@pytest.mark.parametrize(("name", "budgets"), [("webp", [150, 400]), ("jpeg", [500, 900])])
-def test_the_best_classical_file(
-    name: str, budgets: list[int], few_scales: tuple[int, ...], photo: Image.Image, tmp_path: Path
-) -> None:
-    codec, versions = classical.CODECS[name], classical.available([name])[0]
-    judges = metrics.load(["psnr"], None)[0]
-    path = tmp_path / "x.jsonl"
-    found = classical.Search(path, versions).run(photo, codec, budgets, judges)
-    for budget in budgets:
-        best = classical.best(found, budget, "psnr")
-        assert best is not None and best.size_bytes <= budget
-        values = []
-        for scale in few_scales:
-            small = photo.resize((192 // scale, 128 // scale), Image.Resampling.LANCZOS)
-            for quality in range(1, 91):
-                buffer = io.BytesIO()
-                small.save(buffer, quality=quality, **codec.options)
-                if buffer.tell() <= budget:
-                    with Image.open(buffer) as decoded:
-                        shown = decoded.convert("RGB").resize(photo.size, Image.Resampling.BICUBIC)
-                    error = np.asarray(shown, float) - np.asarray(photo, float)
-                    values.append((10 * np.log10(255**2 / (error**2).mean()), quality, scale, buffer.tell()))
-        # the finest quality that fits is found; a file may by chance be a little better at a coarser one
-        assert best.scores["psnr"] >= max(values)[0] - 0.1
-        assert (best.scores["psnr"], best.quality, best.scale, best.size_bytes) in [
-            (pytest.approx(value, abs=1e-3), *rest) for value, *rest in values
-        ]
-    before = path.read_bytes()
-    assert classical.Search(path, versions).run(photo, codec, budgets[:1], judges) == found
-    assert path.read_bytes() == before
-    assert classical.best(found, 20, "psnr") is None
-
-
-def test_opponents_in_the_same_bytes(
-    settings: Settings, few_scales: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
     wanted = {**settings.__dict__, "bpp": (0.004, 1.0), "steps": (0,), "against": ("webp", "jpeg", "jxl")}
     run = evaluate(Settings(**wanted))

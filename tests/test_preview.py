@@ -56,7 +56,7 @@ def test_a_render_looks_like_the_picture(photo: Image.Image) -> None:
     engine = get_engine()
     data = engine.encode(photo, bpp=0.166)
     decoded = np.asarray(engine.decode(data).resize((96, 64), Image.Resampling.BOX), np.float32)
-    assert np.abs(np.asarray(preview.render(data, 96), np.float32) - decoded).mean() < 4
+    assert np.abs(np.asarray(preview.render(data, 96), np.float32) - decoded).mean() < 5
 
 
 def test_large_pictures_take_fewer_networks(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perco_engine import bitstream, get_engine, rates
+from perco_engine import bitstream, get_engine, rates, weights
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.thumbnails import uri
 
@@ -24,6 +24,7 @@ assert not {'torch', 'diffusers', 'click', 'socket', 'ssl'} & set(sys.modules), 
 print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])
 sys.exit(code)
 """
+EMBEDDED_ID = weights.REGISTRY[0].registry_id
 CONFORMANCE = Path(__file__).parent / "conformance"
 
 
@@ -85,7 +86,7 @@ def test_where_nothing_can_be_written(coded: Path, tmp_path: Path) -> None:
 def packed(width: int, height: int, level: int, fill: Callable[[tuple[int, int], int], np.ndarray]) -> bytes:
     grids = rates.EMBEDDED[level].grids
     indices = tuple(fill(grid.shape(width, height), grid.codebook_size).astype(np.int32) for grid in grids)
-    return bitstream.pack(Codes(ModelReference(2), width, height, level, indices), rates.EMBEDDED)
+    return bitstream.pack(Codes(ModelReference(EMBEDDED_ID), width, height, level, indices), rates.EMBEDDED)
 
 
 def hostile() -> Iterator[tuple[str, bytes, bool]]:
@@ -112,7 +113,7 @@ def hostile() -> Iterator[tuple[str, bytes, bool]]:
     yield "8 megapixels, every grid", packed(4096, 2048, 4, random), True
     yield "170 megapixels", packed(13000, 13000, 1, random), True
     bomb = Codes(
-        ModelReference(2), 64, 64, 0, (np.zeros((1, 1), np.int32),), caption="x" * 4000,
+        ModelReference(EMBEDDED_ID), 64, 64, 0, (np.zeros((1, 1), np.int32),), caption="x" * 4000,
         metadata=bitstream.header.Metadata(bytes(1 << 24), bytes(1 << 24), bytes(1 << 24)),  # type: ignore[attr-defined]
     )  # fmt: skip
     yield "metadata that expand", bitstream.pack(bomb, rates.EMBEDDED), True

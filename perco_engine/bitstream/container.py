@@ -1,11 +1,13 @@
 """Codes <-> the bytes of a file (FORMAT.md).
 
-The rate points of the model that a file names say how many indices it holds; the caller looks them up by
-`read_header(data).model`.
+The rate points of the model that a file names say how many indices it holds, and its prior, if it has one, how probable
+they are; the caller looks both up by `read_header(data).model`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,6 +19,7 @@ from perco_engine.bitstream.chunks import ChunkKind, encode_chunk
 from perco_engine.bitstream.entropy import Coder, Decoder, uniform_cdf
 from perco_engine.bitstream.fields import encode_varint
 from perco_engine.bitstream.header import CHECKSUM_BYTES, Header, checksum, encode_header, read_header
+from perco_engine.bitstream.prior import Prior, most_grids
 from perco_engine.codes import Codes
 from perco_engine.errors import ChecksumMismatch, InvalidStream, TruncatedFile, UnsupportedRatePoint
 from perco_engine.rates import RatePoint
@@ -26,8 +29,10 @@ __all__ = ["Header", "pack", "read_header", "unpack", "unpack_partial"]
 OWN_CODER = cast(Coder, entropy)
 
 
-def pack(codes: Codes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER) -> bytes:
-    """The file that says what `codes` says.
+def pack(
+    codes: Codes, rate_points: Sequence[RatePoint], *, prior: Prior | None = None, coder: Coder = OWN_CODER
+) -> bytes:
+    """The file that says what `codes` says: its indices by the prior, or as equally probable, whichever is shorter.
 
     Raises ValueError where `codes` contradicts itself, its rate point, or the limits of the format.
     """
@@ -45,41 +50,59 @@ def pack(codes: Codes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_C
         )
         if content
     )
-    header = encode_header(
-        codes.model, codes.width_px, codes.height_px, codes.rate_point, codes.seed, has_chunks=bool(chunks)
+    header = partial(
+        encode_header,
+        codes.model,
+        codes.width_px,
+        codes.height_px,
+        codes.rate_point,
+        codes.seed,
+        has_chunks=bool(chunks),
     )
+    start = header(by_prior=False)  # checks these fields before anything is done with them
     _check_indices(codes, point)
     hyper_latent = coder.encode([grid.reshape(-1) for grid in codes.indices], _cdfs(point))
+    if prior is not None:
+        likelier = _encode_by_prior(codes, point, prior, coder)
+        if len(likelier) < len(hyper_latent):
+            start, hyper_latent = header(by_prior=True), likelier
     length = encode_varint(len(hyper_latent)) if chunks else b""
-    body = header + length + hyper_latent + chunks
+    body = start + length + hyper_latent + chunks
     return body + checksum(body)
 
 
 def unpack(
-    data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER, grids: int | None = None
+    data: bytes,
+    rate_points: Sequence[RatePoint],
+    *,
+    prior: Prior | None = None,
+    coder: Coder = OWN_CODER,
+    grids: int | None = None,
 ) -> Codes:
     """What a file says; the inverse of `pack`.
 
     grids: read only the first so many grids of the file (at least 1), for a small picture of a large file; the Codes
         are then those of the rate point that these grids make, and whether the rest is sound is not looked at.
 
-    Raises a BitstreamError as `read_header` does, and UnsupportedRatePoint if the model does not offer the rate point.
+    Raises a BitstreamError as `read_header` does, UnsupportedRatePoint if the model does not offer the rate point, and
+    InvalidModel if the prior is not one for it.
     """
     try:
         header = read_header(data)
     except ChecksumMismatch:
-        _raise_if_cut(data, rate_points, coder)
+        _raise_if_cut(data, rate_points, prior, coder)
         raise
     point = _rate_point(header, rate_points)
     if grids is None or grids >= len(point.grids):
-        return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, coder), point)
+        return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, prior, coder), point)
     level = next(k for k, lower in enumerate(rate_points) if lower.grids == point.grids[:grids])
-    decoder = Decoder(header.hyper_latent)
-    first = zip(_counts(header, rate_points[level]), _cdfs(rate_points[level]), strict=True)
-    return _codes(header, level, [decoder.decode(*grid) for grid in first], rate_points[level])
+    first = list(_decoded_grids(Decoder(header.hyper_latent), header, rate_points[level], prior))
+    return _codes(header, level, first, rate_points[level])
 
 
-def unpack_partial(data: bytes, rate_points: Sequence[RatePoint], *, coder: Coder = OWN_CODER) -> Codes:
+def unpack_partial(
+    data: bytes, rate_points: Sequence[RatePoint], *, prior: Prior | None = None, coder: Coder = OWN_CODER
+) -> Codes:
     """What can be had of a file that was cut: Codes at the highest rate point whose grids are there in full.
 
     A file that is whole comes out as `unpack` gives it; the caption and the other chunks come along as far as they are
@@ -88,15 +111,14 @@ def unpack_partial(data: bytes, rate_points: Sequence[RatePoint], *, coder: Code
     are then no chunk and might be a checksum.
     """
     try:
-        return unpack(data, rate_points, coder=coder)
+        return unpack(data, rate_points, prior=prior, coder=coder)
     except TruncatedFile as error:
         header = read_header(data, allow_truncated=True)
         point = _rate_point(header, rate_points)
-        decoder = Decoder(header.hyper_latent)
         grids: list[NDArray[np.int32]] = []
         with suppress(TruncatedFile):
-            for count, cdf in zip(_counts(header, point), _cdfs(point), strict=True):
-                grids.append(decoder.decode(count, cdf))
+            for grid in _decoded_grids(Decoder(header.hyper_latent), header, point, prior):
+                grids.append(grid)
         offered = [k for k, lower in enumerate(rate_points) if lower.grids == point.grids[: len(grids)]]
         if not grids or not offered:
             raise TruncatedFile(
@@ -126,7 +148,7 @@ def _codes(header: Header, rate_point: int, flat: Sequence[NDArray[np.int32]], p
     )
 
 
-def _raise_if_cut(data: bytes, rate_points: Sequence[RatePoint], coder: Coder) -> None:
+def _raise_if_cut(data: bytes, rate_points: Sequence[RatePoint], prior: Prior | None, coder: Coder) -> None:
     """Raises TruncatedFile if the bytes of a file with a wrong checksum evidently end too early."""
     header = read_header(data, allow_truncated=True)
     stream = header.hyper_latent
@@ -134,11 +156,54 @@ def _raise_if_cut(data: bytes, rate_points: Sequence[RatePoint], coder: Coder) -
         stream = stream[:-CHECKSUM_BYTES]
     if header.rate_point < len(rate_points):
         with suppress(InvalidStream):
-            _decode(stream, header, rate_points[header.rate_point], coder)
+            _decode(stream, header, rate_points[header.rate_point], prior, coder)
 
 
-def _decode(stream: bytes, header: Header, point: RatePoint, coder: Coder) -> list[NDArray[np.int32]]:
-    return coder.decode(stream, _counts(header, point), _cdfs(point))
+def _encode_by_prior(codes: Codes, point: RatePoint, prior: Prior, coder: Coder) -> bytes:
+    """The stream of all indices by the prior."""
+    symbols: list[NDArray[np.int32]] = []
+    cdfs: list[entropy.CDF] = []
+
+    def code(level: int, cells: tuple[slice, slice], cdf: entropy.CDF) -> NDArray[np.int32]:
+        symbols.append(codes.indices[level][cells].reshape(-1))
+        cdfs.append(cdf)
+        return symbols[-1]
+
+    for _ in prior.walk(point, codes.width_px, codes.height_px, code):
+        pass
+    return coder.encode(symbols, cdfs)
+
+
+def _decode(
+    stream: bytes, header: Header, point: RatePoint, prior: Prior | None, coder: Coder
+) -> Sequence[NDArray[np.int32]]:
+    """All grids of a file."""
+    if not header.by_prior:
+        return coder.decode(stream, _counts(header, point), _cdfs(point))
+    decoder = Decoder(stream)
+    grids = list(_decoded_grids(decoder, header, point, prior))
+    decoder.finish()
+    return grids
+
+
+def _decoded_grids(
+    decoder: Decoder, header: Header, point: RatePoint, prior: Prior | None
+) -> Iterator[NDArray[np.int32]]:
+    """The grids of a file, one after the other, as far as the stream holds them in full."""
+    if not header.by_prior:
+        for count, cdf in zip(_counts(header, point), _cdfs(point), strict=True):
+            yield decoder.decode(count, cdf)
+        return
+    if prior is None:
+        raise InvalidStream("the file is coded by a prior, and its model has none: it is damaged, or of another model")
+    size = (header.width_px, header.height_px)
+    possible = replace(point, grids=point.grids[: most_grids(point, *size, len(header.hyper_latent))])
+    yield from prior.walk(possible, *size, lambda level, cells, cdf: decoder.decode(len(cdf), cdf))
+    if possible != point:
+        raise TruncatedFile(
+            f"the hyper-latent ends too early: {len(header.hyper_latent)} bytes do not hold all indices of the "
+            "picture; copy or download the file again"
+        )
 
 
 def _counts(header: Header, point: RatePoint) -> list[int]:

@@ -21,13 +21,14 @@ MAGIC = b"\x93PCo"
 VERSION = 1
 MAX_SIDE_PX = 65535
 MAX_SEED = 2**32 - 1
-MAX_RATE_POINTS = 16
+MAX_RATE_POINTS = 8
 FINGERPRINT_BYTES = 8
 FAMILY_FINGERPRINT_BYTES = 4
 CHECKSUM_BYTES = 2
 UNREGISTERED_MODEL = 0
 FIRST_FAMILY = 32
 RESERVED_MODEL = 63
+_BY_PRIOR = 0x08
 _SEED_FOLLOWS = 0x80
 _CHUNKS_FOLLOW = 0x40
 _MODEL_MASK = 0x3F
@@ -38,8 +39,9 @@ _READ_WITH_THE_HEADER = (ChunkKind.CAPTION, ChunkKind.EXIF, ChunkKind.ICC_PROFIL
 class Header:
     """What a file says of itself.
 
-    rate_point: index into the rate points of the model, 0..15.
+    rate_point: index into the rate points of the model, 0..7.
     hyper_latent: the entropy-coded indices; `container.unpack` decodes them.
+    by_prior: whether they are coded by the model's prior, and not as equally probable.
     alpha: the chunk of the opacity mask, still compressed, or None.
     sizes_bytes: the bytes of each stream that the file holds (header, hyper_latent, caption, alpha, exif, icc_profile,
         xmp, unknown, checksum); they add up to the size of the file, unless it is cut.
@@ -52,6 +54,7 @@ class Header:
     rate_point: int
     seed: int
     hyper_latent: bytes = field(repr=False)
+    by_prior: bool = False
     caption: str = ""
     metadata: Metadata = field(default_factory=Metadata)
     alpha: Chunk | None = field(default=None, repr=False)
@@ -77,7 +80,14 @@ def checksum(data: bytes) -> bytes:
 
 
 def encode_header(
-    model: ModelReference, width_px: int, height_px: int, rate_point: int, seed: int, *, has_chunks: bool
+    model: ModelReference,
+    width_px: int,
+    height_px: int,
+    rate_point: int,
+    seed: int,
+    *,
+    by_prior: bool,
+    has_chunks: bool,
 ) -> bytes:
     """The bytes before the hyper-latent stream (and before its length, where chunks follow).
 
@@ -98,7 +108,7 @@ def encode_header(
     return b"".join(
         (
             MAGIC,
-            bytes([VERSION << 4 | rate_point]),
+            bytes([VERSION << 4 | _BY_PRIOR * by_prior | rate_point]),
             bytes([_SEED_FOLLOWS * has_seed | _CHUNKS_FOLLOW * has_chunks | model.registry_id]),
             (width_px - 1).to_bytes(2, "big"),
             (height_px - 1).to_bytes(2, "big"),
@@ -163,7 +173,8 @@ def _parse(data: bytes, *, intact: bool) -> Header:
             model=ModelReference(registry_id, fingerprint),
             width_px=width_px,
             height_px=height_px,
-            rate_point=version_and_rate_point & 0x0F,
+            rate_point=version_and_rate_point & MAX_RATE_POINTS - 1,
+            by_prior=bool(version_and_rate_point & _BY_PRIOR),
             seed=seed,
             hyper_latent=b"",
             intact=intact,

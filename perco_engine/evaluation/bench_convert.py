@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps
 
 from .. import batch
+from ..batch_networks import Settings, most_in_batch
 from ..conversion import Request, plan
 from .bench import SIZE, machine
 
@@ -31,7 +32,7 @@ def measure(photo: Image.Image, count: int) -> dict[str, Any]:
 
     engine = get_engine()
     photo = ImageOps.fit(photo.convert("RGB"), SIZE)
-    most = batch.most_in_batch(SIZE[0] * SIZE[1])
+    most = most_in_batch(SIZE[0] * SIZE[1])
     engine.encode_batch([photo] * most)
     converting = alone = 0.0
     peaks = []
@@ -44,7 +45,7 @@ def measure(photo: Image.Image, count: int) -> dict[str, Any]:
                 ImageChops.offset(photo, 3 * k, k).save(source / f"{k:06}.jpg", quality=90)
             tasks = plan(Request([str(source)], str(Path(folder) / "out")))
             start = time.perf_counter()
-            results = list(batch.convert(tasks, batch.Settings(thumbnails=False)))
+            results = list(batch.convert(tasks, Settings(thumbnails=False)))
             converting += time.perf_counter() - start
             if any(not isinstance(one, batch.Result) or one.error for one in results):
                 raise RuntimeError(f"the conversion failed: {results}")

@@ -26,7 +26,7 @@ from ..captioner import caption_pictures, get_captioner
 from ..engine import get_engine
 from ..errors import EvaluationError, PercoError
 from ..version import __version__
-from . import classical, distributions, metrics
+from . import classical, classical_search, distributions, metrics
 from .distributions import SET_METRICS
 from .metrics import METRICS
 from .photo_folder import UNREADABLE, Photo, find_photos
@@ -55,6 +55,8 @@ class Settings:
     bpp: nominal rates, () for all of the model's.  steps: denoising steps of each decode, None: the model's default.
     metrics: names of METRICS and SET_METRICS.  against: names of CODECS.  limit: of the sorted photos, so many.
     captioner: of photos without a caption beside them (a .txt file of the photo's name); None: they have no caption.
+    peers: the folder where the classical files that were tried are kept; None: in `out`.  Any number of runs may share
+    it, one after another.  jobs: processes that look for classical files.
     """
 
     folder: Path
@@ -66,6 +68,8 @@ class Settings:
     against: tuple[str, ...] = ()
     limit: int | None = None
     captioner: str | None = None
+    peers: Path | None = None
+    jobs: int = 1
 
 
 @dataclass
@@ -105,9 +109,11 @@ class Run:
         assert found is not None
         return found
 
-    def search(self, photo: Photo) -> classical.Search:
-        """The classical files of this photo."""
-        return classical.Search(self.settings.out / "classical" / f"{photo.sha256}.jsonl", self.codecs)
+    def task(self, photo: Photo) -> classical_search.Task:
+        """The search for the best classical files in the bytes of each rate of a photo, which was evaluated."""
+        budgets = [self.line(photo, point.bpp, self.settings.steps[0])["bytes"]["total"] for point in self.points]
+        folder = self.settings.peers or self.settings.out / "classical"
+        return classical_search.Task(photo, folder, self.codecs, budgets, tuple(self.judges), self.engine.device)
 
     def picture(self, line: Line) -> Image.Image:
         """The decoded picture that a line speaks of."""
@@ -125,11 +131,8 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
     """
     if settings.out.resolve() == settings.folder.resolve():
         raise ValueError("the results need a folder of their own: choose another one with --out")
-    for name, known in (
-        *((name, ALL_METRICS) for name in settings.metrics), *((name, classical.CODECS) for name in settings.against),
-    ):  # fmt: skip
-        if name not in known:
-            raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    metrics.check_names(settings.metrics, ALL_METRICS)
+    metrics.check_names(settings.against, classical.CODECS)
     photos = find_photos(settings.folder, settings.out, settings.limit)
     run = _open(settings)
     for photo in photos:
@@ -141,6 +144,8 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
             run.photos.append(photo)
     if not run.photos:
         raise EvaluationError(f"no photo of {settings.folder} could be evaluated: {next(iter(run.skipped.values()))}")
+    if run.codecs:
+        classical_search.search([run.task(photo) for photo in run.photos], settings.jobs, tell)
     _measure_sets(run, tell)
     return run
 
@@ -206,12 +211,6 @@ def _evaluate_photo(run: Run, photo: Photo, image: Image.Image, tell: Tell) -> N
         if missing:
             _code(run, photo, image, point, missing, caption or "", measured)
             tell(f"{photo.name}: {point.bpp} bpp")
-    if run.codecs:
-        budgets = [run.line(photo, point.bpp, run.settings.steps[0])["bytes"]["total"] for point in run.points]
-        search = run.search(photo)
-        for codec in run.codecs:
-            tried = search.run(image, classical.CODECS[codec], budgets, run.judges)
-            tell(f"{photo.name}: {len(tried)} files of {classical.CODECS[codec].title}")
 
 
 def _code(

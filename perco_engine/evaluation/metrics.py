@@ -6,7 +6,7 @@ A metric whose package or weights are not on this machine is left out with the r
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,11 +83,14 @@ def _features(variant: str) -> Callable[[torch.device], Judge]:
     def load(device: torch.device) -> Judge:
         from ..models.perceptual import FeatureDistance
 
-        network = FeatureDistance(variant).to(device)
+        # depthwise convolutions are nearly twice as fast on a CPU with the channels last
+        network = FeatureDistance(variant).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         @torch.inference_mode()
         def features(picture: Image.Image) -> list[Tensor]:
-            return network.features(to_tensor(picture, device) * 2 - 1)
+            samples = to_tensor(picture, device) * 2 - 1
+            found: list[Tensor] = network.features(samples.contiguous(memory_format=torch.channels_last))
+            return found
 
         def judge(original: Image.Image) -> Score:
             target = features(original)
@@ -158,6 +161,13 @@ METRICS = {
     )
 }  # fmt: skip
 """Every metric of one picture, in the order of the reports."""
+
+
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError if one of the names is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}")
 
 
 def load(names: Iterable[str], device: torch.device) -> tuple[dict[str, Judge], dict[str, str]]:

@@ -56,6 +56,11 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
     return [_photo(folder, path, shared=stems[path.with_suffix("")] > 1) for path in paths[:limit]]
 
 
+def photo_at(path: Path) -> Photo:
+    """One photo, named as its file is.  Raises OSError."""
+    return _photo(path.parent, path, shared=False)
+
+
 def _photo(folder: Path, path: Path, shared: bool) -> Photo:
     name, text = path.relative_to(folder), path.with_suffix(".txt")
     return Photo(

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -11,9 +11,11 @@ from .contact_sheet import PAPER, Cell, contact_sheet
 from .distributions import SET_METRICS, SetMetric
 from .evaluate import Run, folder_name, named
 from .metrics import METRICS, Metric
+from .peers import Peer, best_lines, chosen_files, means, peer_rows
 from .published import PUBLISHED
 from .results import Line, write_result
-from .summary import Opponent, Row, best_lines, chosen_files, opponents, rows
+from .summary import Row, rows
+from .tables import markdown, metric_title, metric_value
 
 SHEET_PHOTOS = 8
 SHEET_CELL_PX = 320
@@ -25,8 +27,9 @@ def write(run: Run) -> str:
     """Writes the report of a run into its folder; returns the text of summary.md."""
     out = run.settings.out
     found = rows(run)
-    chosen = chosen_files(run)
-    others = opponents(run, chosen)
+    chosen = _chosen(run)
+    bpps = [point.bpp for point in run.points]
+    others = means(chosen, bpps, run.codecs, run.judges, len(run.photos)) if run.codecs else []
     if chosen:
         write_result(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
     pictures = [*_write_plots(run, found, others), *_write_sheets(run, chosen)]
@@ -35,7 +38,7 @@ def write(run: Run) -> str:
         for part in (
             _heading(run),
             "## Rates\n\n" + _table_of_rates(run, found),
-            _table_of_opponents(run, found, others) if others else "",
+            _table_of_peers(run, found, others) if others else "",
             _notes(run, found),
             "## Pictures\n\n" + "\n".join(pictures),
         )
@@ -45,16 +48,22 @@ def write(run: Run) -> str:
     return text
 
 
+def _chosen(run: Run) -> list[Line]:
+    """The best classical file of each photo, rate, format and metric, in the bytes of the .perco file."""
+    bpps = [point.bpp for point in run.points]
+    chosen = []
+    for photo in run.photos if run.codecs else ():
+        line = run.line(photo, bpps[0], run.settings.steps[0])
+        chosen += chosen_files(run.task(photo), bpps, line["width"] * line["height"])
+    return chosen
+
+
 def _subject(run: Run) -> str:
     return f"{run.name} on {len(run.photos)} photo{'s' * (len(run.photos) > 1)}"
 
 
 def _metric(name: str) -> Metric | SetMetric:
     return METRICS[name] if name in METRICS else SET_METRICS[name]
-
-
-def _title(metric: Metric | SetMetric) -> str:
-    return f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def _heading(run: Run) -> str:
@@ -71,19 +80,11 @@ def _heading(run: Run) -> str:
     return "\n\n".join(lines)
 
 
-def _markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body))
-
-
-def _value(metric: Metric | SetMetric, value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.{metric.decimals}f}"
-
-
 def _table_of_rates(run: Run, found: Sequence[Row]) -> str:
     names = list(found[0].metrics)
     header = [
         "bpp", "steps", "bytes", "hyper-latent", "text", "other", "total bpp",
-        *(_title(_metric(name)) for name in names), "encode, s", "decode, s",
+        *(metric_title(_metric(name)) for name in names), "encode, s", "decode, s",
     ]  # fmt: skip
     body = []
     for row in found:
@@ -91,44 +92,29 @@ def _table_of_rates(run: Run, found: Sequence[Row]) -> str:
         for name in names:
             value, count = row.metrics[name]
             partial = name in METRICS and 0 < count < len(run.photos)
-            values.append(_value(_metric(name), value) + (f" ({count} photos)" if partial else ""))
+            values.append(metric_value(_metric(name), value) + (f" ({count} photos)" if partial else ""))
         parts = [f"{row.bits_per_pixel[part]:.4f}" for part in ("hyper_latent", "text", "other", "total")]
         steps = "default" if row.steps is None else str(row.steps)
         times = [f"{row.encode_s:.2f}", f"{row.decode_s:.2f}"]
         body.append([f"{row.bpp}", steps, f"{row.size_bytes:,.0f}", *parts, *values, *times])
-    return _markdown(header, body)
+    return markdown(header, body)
 
 
-def _table_of_opponents(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> str:
+def _table_of_peers(run: Run, found: Sequence[Row], others: Sequence[Peer]) -> str:
     names = list(run.judges)
-    values = {(other.bpp, other.codec, other.metric): other for other in others}
-    codecs = list(dict.fromkeys(other.codec for other in others))
+    peers = peer_rows(others, len(run.photos))
     body = []
     for row in found:
-        own = [_value(METRICS[name], row.metrics[name][0]) for name in names]
+        own = [metric_value(METRICS[name], row.metrics[name][0]) for name in names]
         body.append([f"{row.bpp}", f"**{run.name}**, {named(row.steps)}", *own])
-        if row.steps != run.settings.steps[-1]:
-            continue
-        for codec in codecs:
-            told = []
-            for name in names:
-                other = values[row.bpp, codec, name]
-                told.append(
-                    _value(METRICS[name], other.value)
-                    if other.value is not None
-                    else f"({other.fitting} of {len(run.photos)})"
-                )
-            body.append([f"{row.bpp}", _codec(codec), *told])
+        if row.steps == run.settings.steps[-1]:
+            body += [[f"{bpp}", name, *values] for (bpp, name), values in peers.items() if bpp == row.bpp]
     return (
         "## In the same bytes\n\n"
         "The best classical file of at most the bytes of the .perco file, over scale and quality, photo by photo, for "
         "each metric by that metric: each column shows other files. (n of m): a file fits for only n photos.\n\n"
-        + _markdown(["bpp", "file", *(_title(METRICS[name]) for name in names)], body)
+        + markdown(["bpp", "file", *(metric_title(METRICS[name]) for name in names)], body)
     )
-
-
-def _codec(codec: str | None) -> str:
-    return "best of these" if codec is None else classical.CODECS[codec].title
 
 
 def _notes(run: Run, found: Sequence[Row]) -> str:
@@ -149,7 +135,7 @@ def _notes(run: Run, found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> list[str]:
+def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Peer]) -> list[str]:
     """Writes a plot for every metric; returns the lines of the summary that show them."""
     lines = []
     for name in found[0].metrics:
@@ -161,15 +147,14 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Opponent]) -> 
                 if row.steps == steps and (value := row.metrics[name][0]) is not None
             ]
             series.append(plots.Series(f"{run.name}, {named(steps)}", points))
-        for codec in dict.fromkeys(other.codec for other in others):
+        of_this = [other for other in others if other.metric == name]
+        for codec, label in {other.codec: other.name for other in of_this}.items():
             points = [
                 (other.bits_per_pixel, other.value)
-                for other in others
-                if (other.codec, other.metric) == (codec, name)
-                and other.value is not None
-                and other.bits_per_pixel is not None
+                for other in of_this
+                if other.codec == codec and other.value is not None and other.bits_per_pixel is not None
             ]
-            series.append(plots.Series(f"{_codec(codec)} in the same bytes, best by this metric", points, codec))
+            series.append(plots.Series(f"{label} in the same bytes, best by this metric", points, codec))
         drawn = [one for one in series if one.points]
         if not drawn:
             continue

@@ -51,12 +51,12 @@ class Lines:
         """The last line with this key, if there is one."""
         return self._found.get(key)
 
-    def append(self, line: Line) -> None:
-        """Adds a line, on disk before this returns."""
-        self._found[self._key(line)] = line
+    def append(self, *lines: Line) -> None:
+        """Adds lines, on disk before this returns."""
+        self._found.update((self._key(line), line) for line in lines)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,0 +1,48 @@
+"""`perco compare`: a thin command over perco_engine.evaluation."""
+
+from pathlib import Path
+
+import click
+
+from .cli_evaluate import OUT, listed
+
+PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
+PAGE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=PHOTO)
+@click.option(
+    "--out", type=PAGE, default=Path("perco-compare.html"), show_default=True, help="Where the page is written."
+)
+@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
+@click.option(
+    "--max-size", type=click.IntRange(16), default=1024, show_default=True, help="Larger photos are reduced first."
+)
+@click.option(
+    "--against", metavar="A,B,...", default="jpeg,webp,avif,jxl", show_default=True, help="Classical formats."
+)
+@click.option(
+    "--metrics", metavar="A,B,...", help="psnr,ms_ssim,lite0,lite2,lpips,dists  [default: psnr,ms_ssim,lite2]"
+)
+@click.option("--by", metavar="METRIC", help="Classical files are the best by this.  [default: the feature distance]")
+@click.option("--peers", type=OUT, help="Folder that keeps the classical files that were tried, for other runs.")
+def compare(
+    photos: tuple[Path, ...], out: Path, model: str, bpp: str | None, max_size: int, against: str, metrics: str | None,
+    by: str | None, peers: Path | None,
+) -> None:  # fmt: skip
+    """Show PHOTOS at every rate beside JPEG, WebP, AVIF and JPEG XL of the same bytes, on one HTML page."""
+    from perco_engine.evaluation import compare as comparing
+
+    settings = comparing.Settings(
+        model,
+        listed(bpp, float),
+        max_size,
+        listed(against, str),
+        listed(metrics, str) or comparing.DEFAULT_METRICS,
+        by,
+        peers,
+    )
+    comparing.compare(photos, out, settings, lambda text: click.echo(text, err=True))
+    click.echo(f"look at {out}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")
