@@ -81,7 +81,6 @@ def system() -> Iterator[Path]:
 def home(tmp_path: Path) -> Path:
     """An empty home with a folder of one .perco file."""
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "run").mkdir(mode=0o700)
     return tmp_path
 
 
@@ -100,9 +99,10 @@ def coded(home: Path, data: bytes) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
+    """No XDG_RUNTIME_DIR: with one that is no session's, Nemo makes no thumbnails."""
     return {
         "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8", "NO_AT_BRIDGE": "1",
-        "XDG_RUNTIME_DIR": str(home / "run"), "PERCO_HOME": str(home / "models"),
+        "PERCO_HOME": str(home / "models"),
     }  # fmt: skip
 
 
