@@ -54,6 +54,7 @@ def uninstall(place: Place) -> Iterator[str]:
     for name in sorted(manifest.written):
         path = Path(name)
         if manifest.take_out(path):
+            _remove_compiled(path)
             yield f"{path}"
         elif path == menu:
             text = thunar.without_actions(path.read_text(encoding="utf-8"))
@@ -71,6 +72,14 @@ def uninstall(place: Place) -> Iterator[str]:
             _remove_if_empty(Path(name).parent)
     for name in reversed(manifest.folders):
         _remove_if_empty(Path(name))
+
+
+def _remove_compiled(path: Path) -> None:
+    """Removes what Python, in Nautilus, has made of a file that is gone."""
+    folder = path.parent / "__pycache__"
+    for compiled in folder.glob(f"{path.stem}.*.pyc") if path.suffix == ".py" else ():
+        compiled.unlink()
+    _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
