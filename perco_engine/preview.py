@@ -31,8 +31,8 @@ MOST_EXACT_PIXELS = 4 << 20
 MOST_MULTIPLICATIONS = 12e9
 """What the networks may take in `render`: a quarter of a second of one core, more on an old one."""
 
-MOST_CODES = 1 << 19
-"""How many codes are read in `render`: half a second."""
+MOST_CODES = 1 << 17
+"""How many codes are read in `render`: a second, where they are coded by a prior."""
 
 COLOURS = "preview_colours.npy"
 """The file of a model's folder with the mean colour of each code's cell: (codebook size, 3) uint8."""
@@ -85,7 +85,7 @@ class Previewer:
             return np.stack([np.asarray(channel) for channel in channels], 2)
 
         if self.networks is None:
-            if max(point.count(width_px, height_px) for point in self.rate_points) > 4 * MOST_CODES:
+            if max(point.count(width_px, height_px) for point in self.rate_points) > 16 * MOST_CODES:
                 raise LimitExceeded(f"a picture of {width_px}x{height_px} pixels has too many codes to be looked at")
             codes = self.codes(data)
             grid = self.rate_points[codes.rate_point].grids[0]
