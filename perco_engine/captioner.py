@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .bitstream.chunks import MAX_CAPTION_BYTES
-from .devices import best_device, best_dtype, cache, weights_bytes
+from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
 from .model_folder import progress_bars_off
 from .pixels import to_rgb
@@ -91,7 +91,7 @@ class _ModelCaptioner(ABC):
 
     @property
     def _device(self) -> torch.device:
-        return best_device() if self.device is None else torch.device(self.device)
+        return usable_device(self.device)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -230,6 +230,30 @@ def get_captioner(
     if _model_type(str(captioner)) == "blip-2":
         return Blip2Captioner(captioner, device)
     return PipelineCaptioner(captioner, device)
+
+
+def choose_captions(
+    caption: str | Sequence[str | None] | None,
+    captioner: str | os.PathLike[str] | Captioner | None,
+    images: Sequence[Image.Image],
+    device: torch.device,
+) -> list[str]:
+    """The caption of each picture: `caption` where it is given, for all or for each, else the captioner's, else "".
+
+    Raises ValueError for captions that are no texts, or not one for each picture, and what get_captioner and
+    caption_pictures raise.
+    """
+    given = [caption] * len(images) if caption is None or isinstance(caption, str) else caption
+    if not isinstance(given, Sequence) or not all(text is None or isinstance(text, str) for text in given):
+        raise ValueError(f"caption must be a text, or a list of texts, not {caption!r:.80}")
+    if len(given) != len(images):
+        raise ValueError(f"{len(given)} captions for {len(images)} pictures")
+    unsaid = [k for k, text in enumerate(given) if text is None]
+    if not unsaid:
+        return [text or "" for text in given]
+    written = caption_pictures(get_captioner(captioner, device), [images[k] for k in unsaid])
+    said = dict(zip(unsaid, written, strict=True))
+    return [said.get(k, text) or "" for k, text in enumerate(given)]
 
 
 def caption_pictures(captioner: Captioner | None, images: Sequence[Image.Image]) -> list[str]:

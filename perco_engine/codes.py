@@ -16,6 +16,10 @@ DEFAULT_SEED = 0
 """The noise seed of a file that does not name one."""
 
 
+MAX_PIXELS = 178_956_970
+"""The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
+
+
 @dataclass(frozen=True)
 class ModelReference:
     """The model that a file names, by the registry id of the weights (1..31); or by that of a family of checkpoints

@@ -1,5 +1,6 @@
 """Where networks go: which device, in which dtype, and how much memory one process keeps filled with weights."""
 
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -16,6 +17,25 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+@functools.cache
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device that is meant; the best one for None.
+
+    Raises ValueError, with torch's reason, for one that this machine, or this build of torch, cannot compute on.
+    """
+    if device is None:
+        return best_device()
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'the device {str(device)!r} cannot be used here ({reason:.120}): leave it out, or take "cpu"'
+        ) from error
+    return chosen
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -82,5 +102,12 @@ class WeightsCache:
             self._models.clear()
 
 
-cache = WeightsCache(int(os.environ.get("PERCO_MEMORY_BUDGET", 16 << 30)))
+def budget_bytes(text: str) -> int:
+    """PERCO_MEMORY_BUDGET as a number.  Raises ValueError for what is none."""
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"PERCO_MEMORY_BUDGET is a number of bytes, such as 8000000000, not {text!r}")
+    return int(text)
+
+
+cache = WeightsCache(budget_bytes(os.environ.get("PERCO_MEMORY_BUDGET") or str(16 << 30)))
 """The process-wide cache.  PERCO_MEMORY_BUDGET is its limit in bytes of weights (default 16 GiB)."""

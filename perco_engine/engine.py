@@ -8,25 +8,25 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
+from .batch_options import DecodeOptions, EncodeOptions, for_each
 from .bitstream.prior import Prior
-from .captioner import Captioner, caption_pictures, get_captioner
-from .codes import DEFAULT_SEED, Codes, Metadata, ModelReference
-from .devices import best_device, best_dtype, cache, weights_bytes
-from .errors import BudgetTooSmall, LimitExceeded, UnsupportedRatePoint
+from .captioner import Captioner, choose_captions
+from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
+from .devices import best_dtype, cache, usable_device, weights_bytes
+from .errors import BudgetTooSmall, InvalidModel, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
 from .memory import Placement, explained
+from .opacity import opacity
+from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
 from .torchac_backend import AutomaticCoder
-
-MAX_PIXELS = 178_956_970
-"""The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
 
 CODER = AutomaticCoder()
 
@@ -35,29 +35,6 @@ MOST_SEEDS = 129
 
 BATCH_PIXELS = 4 * 1024 * 1024
 """How many pixels go through the networks together in a batch of pictures of one size."""
-
-
-class EncodeOptions(TypedDict, total=False):
-    """What `Engine.encode` and `Engine.encode_batch` take by name; the latter says what each means."""
-
-    bpp: float | None
-    max_bytes: int | None
-    caption: str | None
-    captioner: str | os.PathLike[str] | Captioner | None
-    seed: int | None
-    best_of: int
-    alpha: bool
-    metadata: Metadata | None
-
-
-class DecodeOptions(TypedDict, total=False):
-    """What `Engine.decode` and `Engine.decode_batch` take by name; the latter says what each means."""
-
-    steps: int | None
-    guidance_scale: float | None
-    seed: int | Sequence[int] | None
-    max_size_px: int | None
-    allow_truncated: bool
 
 
 @dataclass(frozen=True)
@@ -72,7 +49,8 @@ class _Job:
 class Engine:
     """A loaded model.  Get one with `get_engine`; its methods may be called from several threads.
 
-    model: where it lies and how files name it.  device, dtype: of the networks.  size_bytes: memory of the weights.
+    model: where it lies and how files name it.  device, dtype: of the networks.  prior: of its indices, or None.
+    size_bytes: memory of the weights.
     """
 
     def __init__(
@@ -82,7 +60,12 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.pipeline: PercoPipeline = PercoPipeline.from_pretrained(model.folder, dtype)
-        self._prior = Prior.load(model.folder)
+        if model.rate_point is not None and self.pipeline.hyper_enc.rate_points != self.rate_points:
+            raise InvalidModel(
+                f"{model.folder} is of {self.pipeline.hyper_enc.rate_points[0].bpp} bpp, and was to be of "
+                f"{self.rate_points[0].bpp}: the file that names it is damaged, or the record of the model"
+            )
+        self.prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,6 +83,11 @@ class Engine:
         """What this model offers, lowest first; a checkpoint of a family offers its one rate."""
         k = self.model.rate_point
         return self._file_rate_points if k is None else self._file_rate_points[k : k + 1]
+
+    @property
+    def steps(self) -> int:
+        """The denoising steps that this model takes by default."""
+        return int(self.pipeline.config.default_num_inference_steps)
 
     @property
     def _file_rate_points(self) -> tuple[rates.RatePoint, ...]:
@@ -120,12 +108,12 @@ class Engine:
         *,
         bpp: float | None = None,
         max_bytes: int | None = None,
-        caption: str | None = None,
+        caption: str | Sequence[str | None] | None = None,
         captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
         best_of: int = 1,
         alpha: bool = True,
-        metadata: Metadata | None = None,
+        metadata: Metadata | Sequence[Metadata] | None = None,
     ) -> list[bytes]:
         """Pictures as the bytes of .perco files; those of one size go through the networks together.
 
@@ -133,13 +121,14 @@ class Engine:
             best within max_bytes).
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
         caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
+            One for all pictures, or one for each.
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
-        metadata: EXIF, ICC and XMP blocks, stored as they are.
+        metadata: EXIF, ICC and XMP blocks, stored as they are; those of all pictures, or of each.
 
         Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, and
         ModelUnavailable or InvalidModel for the captioner.
@@ -148,18 +137,18 @@ class Engine:
         level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         if bpp is None and max_bytes is None:
             level = rates.nearest(points, rates.DEFAULT_BPP)
-        rates.check_max_bytes(max_bytes)
-        if isinstance(best_of, bool) or not isinstance(best_of, int) or not 1 <= best_of <= MOST_SEEDS:
-            raise ValueError(f"best_of must be a number of seeds from 1 to {MOST_SEEDS}, not {best_of!r}")
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
+        best_of = whole_number("best_of", best_of, 1, MOST_SEEDS)
+        if seed is not None:
+            seed = check_seed(seed)
         if best_of > 1 and seed is not None:
             raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
         for image in images:
             if not 1 <= min(image.size) <= max(image.size) <= 65535:
                 raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
-        if caption is None:
-            captions = caption_pictures(get_captioner(captioner, self.device), images)
-        else:
-            captions = [caption] * len(images)
+        captions = choose_captions(caption, captioner, images, self.device)
+        blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
@@ -168,17 +157,17 @@ class Engine:
             for row, k in enumerate(group):
                 grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
         files = []
-        for image, indices, text in zip(images, grids, captions, strict=True):
+        for image, indices, text, block in zip(images, grids, captions, blocks, strict=True):
             codes = Codes(
                 model=self.reference,
                 width_px=image.width,
                 height_px=image.height,
                 rate_point=level if self.model.rate_point is None else self.model.rate_point,
                 indices=indices,
-                caption=text,
+                caption=text or "",
                 seed=DEFAULT_SEED if seed is None else seed,
                 alpha=pixels.alpha_mask(image) if alpha else None,
-                metadata=metadata or Metadata(),
+                metadata=block or Metadata(),
             )
             codes, data = self._fit(codes, image, max_bytes)
             if best_of > 1:
@@ -198,7 +187,7 @@ class Engine:
         return errors.index(min(errors))
 
     def _pack(self, codes: Codes) -> bytes:
-        return bitstream.pack(codes, self._file_rate_points, prior=self._prior, coder=CODER)
+        return bitstream.pack(codes, self._file_rate_points, prior=self.prior, coder=CODER)
 
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
@@ -249,14 +238,11 @@ class Engine:
         The same file gives the same pixels on the same machine, alone or in a batch, up to rounding (1 level of 256).
         Raises BitstreamError, ModelUnavailable, LimitExceeded.
         """
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(files)
-        if len(seeds) != len(files):
-            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
-        for name, value, least in (
-            ("steps", steps, 0), ("max_size_px", max_size_px, 1), *(("seed", one, 0) for one in seeds),
-        ):  # fmt: skip
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        seeds = [None if one is None else check_seed(one) for one in for_each(seed, len(files), "seeds")]
+        if steps is not None:
+            steps = whole_number("steps", steps, 0)
+        if max_size_px is not None:
+            max_size_px = whole_number("max_size_px", max_size_px, 1)
         jobs: list[tuple[Engine, _Job]] = []
         for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)
@@ -295,7 +281,7 @@ class Engine:
                 f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
             )
         return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
-            data, points, prior=self._prior, coder=CODER
+            data, points, prior=self.prior, coder=CODER
         )
 
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
@@ -343,7 +329,7 @@ def _reduction(width_px: int, height_px: int, max_size_px: int | None) -> int:
 def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.Image:
     """The decoded picture with its opacity, within max_size_px."""
     if codes.alpha is not None:
-        image.putalpha(pixels.opacity(codes.alpha, codes.width_px, codes.height_px).resize(image.size))
+        image.putalpha(opacity(codes.alpha, codes.width_px, codes.height_px, image.size))
     if max_size_px is not None and max(image.size) > max_size_px:
         scale = max_size_px / max(codes.width_px, codes.height_px)
         size = max(1, round(codes.width_px * scale)), max(1, round(codes.height_px * scale))
@@ -364,9 +350,12 @@ def get_engine(
     For a family, an engine that loads the checkpoint of the rate that is asked for.
     device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
     compile, offload: see `perco_engine.memory.Placement`.
-    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, ValueError for compile with offload.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, and ValueError for compile with offload,
+    a device that cannot be used here, or a dtype that is none of torch's.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a dtype of torch, such as torch.bfloat16, not {dtype!r}")
+    chosen = usable_device(device)
     precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
     spec = weights.named(model) if isinstance(model, str) else None
     if spec is not None and spec.is_family:
@@ -381,9 +370,9 @@ def get_engine_for(
     """The engine that decodes files which name this model.
 
     rate_point: of the file; an error then says which rate of a family is missing.
-    Raises ModelUnavailable, InvalidModel.
+    Raises ModelUnavailable, InvalidModel, ValueError for a device that cannot be used here.
     """
-    chosen = torch.device(device) if device is not None else best_device()
+    chosen = usable_device(device)
     return load(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))
 
 

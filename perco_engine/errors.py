@@ -14,13 +14,18 @@
     ├── ModelError
     │   ├── ModelUnavailable      the model is not known, or not on this machine
     │   ├── InvalidModel          a model folder that cannot be loaded as what it says it is
-    │   └── UnsupportedRatePoint  the model does not offer this rate point
+    │   ├── UnsupportedRatePoint  the model does not offer this rate point
+    │   └── PreviewUnavailable    the model has nothing that a preview without torch can be made of
     ├── BudgetTooSmall            (also a ValueError) no rate point fits into max_bytes
+    ├── NotFinite                 the networks made numbers that are none
     ├── NotEnoughMemory           the device has too little memory for the picture or the model
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
+    ├── ConversionError           a conversion of many files cannot begin as it was asked for
     ├── CoderUnavailable          torchac's extension was asked for and is not built
     ├── UnfitPackages             (also an ImportError) an installed package does not work with another
-    └── EvaluationError           an evaluation cannot go on in the folder that it was given
+    ├── EvaluationError           an evaluation cannot go on in the folder that it was given
+    └── TrainingError             a training run cannot go on
+        └── InvalidSettings       (also a ValueError) a run's settings file does not say what it must
 
 Each message says what is wrong and, where there is something to do, what to do.
 """
@@ -86,8 +91,16 @@ class UnsupportedRatePoint(ModelError):
     """The model does not offer the rate point that a file names."""
 
 
+class PreviewUnavailable(ModelError):
+    """A model has nothing that a small picture can be made of without its networks."""
+
+
 class BudgetTooSmall(PercoError, ValueError):
     """Not even the lowest rate point fits into the bytes that were allowed."""
+
+
+class NotFinite(PercoError):
+    """The networks made infinities or no numbers at all: weights are damaged, or 16 bits too few for them."""
 
 
 class NotEnoughMemory(PercoError):
@@ -96,6 +109,10 @@ class NotEnoughMemory(PercoError):
 
 class OffloadUnavailable(PercoError):
     """Offload of the networks was asked for, and the package that does it is not installed."""
+
+
+class ConversionError(PercoError):
+    """A conversion of many files cannot begin as it was asked for; nothing was written."""
 
 
 class CoderUnavailable(PercoError):
@@ -108,3 +125,11 @@ class UnfitPackages(PercoError, ImportError):
 
 class EvaluationError(PercoError):
     """An evaluation cannot go on with the results that lie where it is to write, or has nothing to evaluate."""
+
+
+class TrainingError(PercoError):
+    """A training run cannot start or go on: what it needs is not there, or does not fit."""
+
+
+class InvalidSettings(TrainingError, ValueError):
+    """The settings of a training run are missing, unknown, out of range, or contradict each other."""

@@ -7,12 +7,15 @@ import torch
 from PIL import Image
 
 from . import bitstream, rates
+from .batch_options import DecodeOptions, EncodeOptions, for_each, of_members
 from .bitstream.entropy import minimum_bits, uniform_cdf
+from .captioner import choose_captions
 from .codes import Codes, ModelReference
+from .options import whole_number
 from .weights import Model, ModelSpec, find_for_file
 
 if TYPE_CHECKING:
-    from .engine import DecodeOptions, EncodeOptions, Engine
+    from .engine import Engine
 
 
 class FamilyEngine:
@@ -43,22 +46,25 @@ class FamilyEngine:
         """What is installed, lowest first."""
         return tuple(self._checkpoints)
 
-    def encode(self, image: Image.Image, **options: "Unpack[EncodeOptions]") -> bytes:
+    def encode(self, image: Image.Image, **options: Unpack[EncodeOptions]) -> bytes:
         """One picture as the bytes of a .perco file; see `Engine.encode_batch`."""
         return self.encode_batch([image], **options)[0]
 
-    def encode_batch(self, images: Sequence[Image.Image], **options: "Unpack[EncodeOptions]") -> list[bytes]:
+    def encode_batch(self, images: Sequence[Image.Image], **options: Unpack[EncodeOptions]) -> list[bytes]:
         """Pictures as the bytes of .perco files; the options and errors are those of `Engine.encode_batch`.
 
         The installed rate nearest to `bpp` is taken; with `max_bytes`, for each picture the highest (up to `bpp`) that
         fits.  Opacity is kept as fine as it is before the lowest rate is reached, and then grows coarser.
         """
         bpp, max_bytes = options.get("bpp"), options.get("max_bytes")
-        rates.check_max_bytes(max_bytes)
+        if max_bytes is not None:
+            max_bytes = whole_number("max_bytes", max_bytes, 1)
         points = self.rate_points
         if max_bytes is None:
             chosen = rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
             return self._at(points[chosen]).encode_batch(images, **options)
+        captions = choose_captions(options.get("caption"), options.get("captioner"), images, self.device)
+        options = {**options, "caption": captions}
         files: dict[int, bytes] = {}
         highest = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
         free: EncodeOptions = {**options, "max_bytes": None}
@@ -68,36 +74,32 @@ class FamilyEngine:
             ]
             if tried:
                 engine = self._at(point)
-                encoded = engine.encode_batch([images[k] for k in tried], **free)
+                encoded = engine.encode_batch([images[k] for k in tried], **of_members(free, tried, len(images)))
                 files |= {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
         rest = [k for k in range(len(images)) if k not in files]
         if rest:
             engine = self._at(points[0])
-            files |= dict(zip(rest, engine.encode_batch([images[k] for k in rest], **options), strict=True))
+            encoded = engine.encode_batch([images[k] for k in rest], **of_members(options, rest, len(images)))
+            files |= dict(zip(rest, encoded, strict=True))
         return [files[k] for k in range(len(images))]
 
-    def decode(self, data: bytes, **options: "Unpack[DecodeOptions]") -> Image.Image:
+    def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image:
         """The picture in the bytes of a .perco file; see `Engine.decode_batch`."""
         return self.decode_batch([data], **options)[0]
 
-    def decode_batch(self, files: Sequence[bytes], **options: "Unpack[DecodeOptions]") -> list[Image.Image]:
+    def decode_batch(self, files: Sequence[bytes], **options: Unpack[DecodeOptions]) -> list[Image.Image]:
         """The pictures in the bytes of .perco files; the options and errors are those of `Engine.decode_batch`.
 
         Files of one checkpoint are decoded together, one checkpoint after the other.
         """
-        seeds = options.get("seed")
-        if isinstance(seeds, Sequence) and len(seeds) != len(files):
-            raise ValueError(f"{len(seeds)} seeds for {len(files)} files")
+        for_each(options.get("seed"), len(files), "seeds")
         gathered: dict[ModelReference, list[int]] = {}
         for k, data in enumerate(files):
             header = bitstream.read_header(data, allow_truncated=options.get("allow_truncated", False))
             gathered.setdefault(header.model, []).append(k)
         images: dict[int, Image.Image] = {}
         for members in gathered.values():
-            group = [files[k] for k in members]
-            own: DecodeOptions = {**options}
-            if isinstance(seeds, Sequence):
-                own["seed"] = [seeds[k] for k in members]
+            group, own = [files[k] for k in members], of_members(options, members, len(files))
             decoded = self._engine_for(group[0], options.get("allow_truncated", False)).decode_batch(group, **own)
             images |= dict(zip(members, decoded, strict=True))
         return [images[k] for k in range(len(files))]

@@ -1,25 +1,75 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
+_unfinished: set[Path] = set()
+"""What is being written at this moment."""
 
-def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file whole or not at all: beside its place first, then renamed."""
+
+def write_beside(
+    path: str | bytes | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True
+) -> None:
+    """Writes a file whole or not at all: beside its place first, then renamed.
+
+    A file that was there keeps its permissions, and a link its place: what it points to is replaced.
+    mode: the permissions of the file; None: those that it had, or what the umask leaves of 0666.
+    sync: wait until the data are on the disk, so that not even a power cut leaves less than the whole file.
+
+    Raises OSError.
+    """
     import tempfile
 
-    target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    target = Path(os.fsdecode(path)).resolve()
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    try:
+        # Not the target's own name with something added: that might be longer than a name can be.
+        handle, name = tempfile.mkstemp(prefix=".perco-", dir=target.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(target)) from error
     beside = Path(name)
+    _unfinished.add(beside)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
+            if sync:
+                os.fsync(file.fileno())
+        if mode is None:
+            mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+        beside.chmod(mode)
         beside.replace(target)
     except BaseException:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
         raise
+    finally:
+        _unfinished.discard(beside)
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; there is no way to read it but to set it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def discard_unfinished() -> None:
+    """Takes back what other threads are writing at this moment, for a process that is about to end without them."""
+    for beside in tuple(_unfinished):
+        beside.unlink(missing_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, for this user alone (0700).  Raises OSError.
+
+    Those that are there already stay as they are.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)

@@ -12,10 +12,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .errors import InvalidModel, ModelUnavailable
+from .errors import InvalidModel, ModelUnavailable, NotFinite
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
 from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
+from .options import check_guidance_scale, whole_number
 from .prompts import PromptEmbeddings
 
 VAE_FACTOR = 8
@@ -72,7 +73,7 @@ class PercoPipeline(DiffusionPipeline):
         super().__init__()
         if (text_encoder is None) != (tokenizer is None):
             raise ValueError("text_encoder and tokenizer go together: give both or neither")
-        check_steps(default_num_inference_steps, unet)
+        check_steps(default_num_inference_steps, unet, scheduler)
         check_guidance_scale(default_guidance_scale)
         self.register_modules(
             vae=vae,
@@ -171,6 +172,7 @@ class PercoPipeline(DiffusionPipeline):
         Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
         """
         latents = self.encode_latents(image)
+        check_finite(latents, "encoder", self.vae)
         indices = self.hyper_enc(latents.to(self._execution_device, self.hyper_enc.dtype), level).indices
         self.maybe_free_model_hooks()
         return indices if isinstance(indices, tuple) else (indices,)
@@ -261,8 +263,8 @@ class PercoPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}")
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        check_steps(steps, self.unet)
-        check_guidance_scale(scale)
+        steps = check_steps(steps, self.unet, self.scheduler)
+        scale = check_guidance_scale(scale)
         batch_size = len(local_features)
         prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
         if len(prompts) != batch_size:
@@ -287,9 +289,12 @@ class PercoPipeline(DiffusionPipeline):
             guided = text is not None and scale > 1
             without_text = self.encode_prompt([""] * batch_size) if guided else None
             latents = self.denoise(noise, local_features, text, without_text, steps, scale)
+            check_finite(latents, "U-Net", self.unet)
         images: Any = latents
         if output_type != "latent":
-            images = to_output(self.decode_latents(latents, height, width), output_type)
+            pictures = self.decode_latents(latents, height, width)
+            check_finite(pictures, "decoder", self.vae)
+            images = to_output(pictures, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
@@ -357,18 +362,22 @@ class PercoPipeline(DiffusionPipeline):
         return pictures
 
 
-def check_steps(steps: int, unet: Any) -> None:
-    """Raises ValueError unless the model can decode in so many denoising steps."""
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"the number of denoising steps must be 0 or more, not {steps!r}")
+def check_steps(steps: int, unet: Any, scheduler: Any) -> int:
+    """The number of denoising steps.  Raises ValueError unless the model can decode in so many."""
+    most = scheduler.config.num_train_timesteps - scheduler.config.get("steps_offset", 0)
+    steps = whole_number("the number of denoising steps", steps, 0, most)
     if steps == 0 and not getattr(unet.config, "add_local_features", False):
         raise ValueError("this model's local features hold no estimate of the picture: take at least 1 denoising step")
+    return steps
 
 
-def check_guidance_scale(guidance_scale: float) -> None:
-    """Raises ValueError unless the guidance scale is a finite number of at least 0."""
-    if not isinstance(guidance_scale, int | float) or not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"the guidance scale must be a finite number of 0 or more, not {guidance_scale!r}")
+def check_finite(values: Tensor, what: str, network: Any) -> None:
+    """Raises NotFinite if a network made numbers that are none, which would be shown as black."""
+    if not all(math.isfinite(end.item()) for end in torch.aminmax(values)):
+        remedy = "" if network.dtype == torch.float32 else "take dtype=torch.float32, or "
+        raise NotFinite(
+            f"the {what} went out of the range of {network.dtype}: {remedy}install the model's weights again"
+        )
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:

@@ -64,15 +64,6 @@ def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask |
     return AlphaMask(((reduced * top + 127) // 255).astype(np.uint8), ALPHA_BITS, log2_scale)
 
 
-def opacity(mask: AlphaMask, width_px: int, height_px: int) -> Image.Image:
-    """The opacity of a picture of this size, mode L, interpolated from its mask."""
-    top = (1 << mask.bits_per_sample) - 1
-    samples = Image.fromarray((mask.samples.astype(np.uint16) * 255 // top).astype(np.uint8))
-    scale = 1 << mask.log2_scale
-    box = (0, 0, width_px / scale, height_px / scale)
-    return samples.resize((width_px, height_px), Image.Resampling.BILINEAR, box)
-
-
 def to_tensor(images: list[Image.Image]) -> Tensor:
     """RGB pictures of one size as (b, 3, h, w) float32 in -1..1."""
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images])

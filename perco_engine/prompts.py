@@ -42,16 +42,18 @@ class PromptEmbeddings:
     def _encode(self, prompt: str, device: torch.device) -> Tensor:
         """One caption's embeddings, (1, tokens, dim).  Alone, so that they do not depend on what came along with it."""
         # What is kept must be of use outside of the caller's inference mode too.
-        with torch.inference_mode(False), torch.no_grad():
-            tokens = self.tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(device)
-            # Stable Diffusion attends to the padding too, unless the configuration says otherwise.
-            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask if masked else None
-            embeddings: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
-        return embeddings
+        with torch.inference_mode(False):
+            return embed(self.text_encoder, self.tokenizer, [prompt], device)
+
+
+@torch.no_grad()
+def embed(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """Captions to text embeddings (b, tokens, dim), all in one batch; what is over the token limit is cut off."""
+    tokens = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).to(device)
+    # Stable Diffusion attends to the padding too, unless the configuration says otherwise.
+    masked = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if masked else None
+    embeddings: Tensor = text_encoder(tokens.input_ids, attention_mask=mask)[0]
+    return embeddings

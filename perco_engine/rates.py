@@ -8,6 +8,8 @@ fine, each refining the ones before it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 DEFAULT_BPP = 0.03
 """The rate that a save without `bpp` and `max_bytes` asks for, in bits a pixel."""
@@ -61,20 +63,22 @@ def ladder(*grids: Grid) -> tuple[RatePoint, ...]:
     )
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, of Python's or of numpy's kind; True and False are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
 def nearest(points: Sequence[RatePoint], bpp: float) -> int:
     """The index of the rate point whose nominal rate is nearest to `bpp`.
 
     Raises ValueError unless `bpp` is a positive finite number.
     """
-    if not (isinstance(bpp, int | float) and math.isfinite(bpp) and bpp > 0):
-        raise ValueError(f"bpp must be a positive number of bits a pixel, not {bpp!r}")
+    if not is_number(bpp) or bpp <= 0:
+        raise ValueError(f"bpp must be a positive number of bits a pixel, not {bpp!r:.80}")
     return min(range(len(points)), key=lambda k: abs(points[k].bpp - bpp))
-
-
-def check_max_bytes(max_bytes: int | None) -> None:
-    """Raises ValueError unless `max_bytes` is None or a positive number of bytes."""
-    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
-        raise ValueError(f"max_bytes must be a positive number of bytes, not {max_bytes!r}")
 
 
 PERCO_SD = tuple(

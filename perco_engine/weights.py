@@ -16,7 +16,8 @@ from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST
 from .codes import ModelReference
 from .errors import ModelUnavailable
 from .rates import RatePoint
-from .store.checkpoint import Checkpoint, installed
+from .store.checkpoint import RECORD, Checkpoint, installed
+from .store.checkpoint import read as read_record
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelSpec:
 REGISTRY = (
     ModelSpec(
         "embedded",
-        2,
+        3,
         rates.EMBEDDED,
         str(Path(__file__).parent / "embedded"),
         "it is part of this package: reinstall pillow-perco",
@@ -57,7 +58,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
-"""The models that files may name.  Id 1 was of embedded weights before the first release, and is not given again."""
+"""The models that files may name.  No id is given twice: 1 and 2 were of embedded weights before the first release."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,11 @@ def find(model: str | os.PathLike[str], bpp: float | None = None) -> Model:
 
     bpp: of a family, the installed checkpoint whose nominal rate is nearest to this (default: 0.03).
 
-    Raises ModelUnavailable, with what to do, if it is not on this machine.
+    Raises ModelUnavailable, with what to do, if it is not on this machine, InvalidModel if its record is damaged, and
+    ValueError for what is neither a name nor a path.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"model must be a name or a folder, not {model!r:.80}")
     name = model if isinstance(model, str) else ""
     spec = named(name)
     if spec is not None and spec.is_family:
@@ -181,6 +185,11 @@ def find(model: str | os.PathLike[str], bpp: float | None = None) -> Model:
     for checkpoint in installed(models_folder()):
         if checkpoint.name == name or checkpoint.folder.resolve() == folder.resolve():
             return as_model(checkpoint)
+    stored = models_folder() / name
+    if name and (stored / RECORD).is_file():
+        read_record(stored)  # says what is wrong with it: otherwise it would have been among those installed
+    if name and not folder.is_dir() and (stored / "model_index.json").is_file():
+        folder = stored  # put there by hand
     if not (folder / "model_index.json").exists():
         names = ", ".join(spec.name for spec in REGISTRY)
         raise ModelUnavailable(
@@ -201,11 +210,19 @@ def _remember(model: Model) -> Model:
     return model
 
 
+def _recall(mark: bytes) -> Model | None:
+    """A model outside of the registry that this process has used, whose fingerprint begins so and is still the same."""
+    for model in _seen.values():
+        if model.fingerprint.startswith(mark) and fingerprint(model.folder) == model.fingerprint:
+            return model
+    return None
+
+
 def find_for_file(reference: ModelReference, rate_point: int | None = None) -> Model:
     """The model that a file names.
 
-    A fingerprint without a family is looked for among the folders that this process has used and those in the store.
-    rate_point: of the file, to say which rate of a family is needed where it is not on this machine.
+    A fingerprint is looked for among the folders that this process has used and those in the store.
+    rate_point: of the file, which tells the rate of a family's checkpoint that is not installed.
     Raises ModelUnavailable, with what to do.
     """
     mark = reference.fingerprint
@@ -217,8 +234,8 @@ def find_for_file(reference: ModelReference, rate_point: int | None = None) -> M
                 f"was made by a newer release (update pillow-perco), or by a draft before the first one"
             )
         return _find_in_family(spec, mark, rate_point) if spec.is_family else find(spec.name)
-    if mark in _seen:
-        return _seen[mark]
+    if seen := _recall(mark):
+        return seen
     for checkpoint in installed(models_folder()):
         if checkpoint.fingerprint == mark:
             return _remember(Model(checkpoint.name, checkpoint.folder, 0, mark))
@@ -232,7 +249,7 @@ def find_for_file(reference: ModelReference, rate_point: int | None = None) -> M
 
 
 def _find_in_family(spec: ModelSpec, mark: bytes, rate_point: int | None) -> Model:
-    """The installed checkpoint of a family whose fingerprint begins with `mark`."""
+    """The checkpoint of a family whose fingerprint begins with `mark`: installed, or a folder that was named before."""
     try:
         found = checkpoints(spec)
     except ModelUnavailable:
@@ -240,6 +257,8 @@ def _find_in_family(spec: ModelSpec, mark: bytes, rate_point: int | None) -> Mod
     for model in found:
         if model.fingerprint == mark:
             return model
+    if rate_point is not None and (seen := _recall(mark)):  # its rate is looked at when it is loaded
+        return Model(seen.name, seen.folder, spec.registry_id, mark, rate_point)
     known = rate_point is not None and rate_point < len(spec.rate_points)
     rate = f" at {spec.rate_points[rate_point].bpp} bpp" if known and rate_point is not None else ""
     needed = f"the file needs {spec.name}{rate} (weights {mark.hex()})"

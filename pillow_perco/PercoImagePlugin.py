@@ -14,7 +14,8 @@ from PIL import Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
-from perco_engine.errors import NotAPercoFile, PercoError
+from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
+from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
 MAX_FILE_BYTES = 256 << 20
 REDUCTIONS = (8, 4, 2)
@@ -22,12 +23,23 @@ REDUCTIONS = (8, 4, 2)
 
 @dataclass(frozen=True)
 class OpenerOptions:
-    """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device."""
+    """How pixels are made; the same meanings and defaults as `Engine.decode`, and `get_engine` for the device.
+
+    Raises ValueError for a wrong value; whether there is such a device is seen when pixels are asked for.
+    """
 
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            whole_number("steps", self.steps, 0)
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 def _accept(prefix: bytes) -> bool:
@@ -79,6 +91,7 @@ class PercoImageFile(ImageFile.ImageFile):
         width, height = self.size
         scale = next((r for r in REDUCTIONS if width >= r * size[0] and height >= r * size[1]), 1)
         self._size = -(-width // scale), -(-height // scale)
+        self._reduction = scale
         self._set_tile()
         return self.mode, (0, 0, width / scale, height / scale)
 
@@ -88,19 +101,11 @@ class PercoImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         """Decodes the pixels on first use.  Raises OSError, with what to do, if the file or its model prevents that."""
         if self.tile:
-            from perco_engine.engine import get_engine_for
-
-            options, size = self._options, self.size
+            size = self.size
             try:
-                engine = get_engine_for(self._model, options.device, rate_point=self.info["perco"]["rate_point"])
-                picture = engine.decode(
-                    self._file,
-                    steps=options.steps,
-                    guidance_scale=options.guidance_scale,
-                    seed=options.seed,
-                    max_size_px=max(size) if size != self._full_size else None,
-                    allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES,
-                )
+                picture = self._decode_small() if size != self._full_size else None
+                if picture is None:
+                    picture = self._decode()
             except PercoError as error:
                 raise OSError(str(error)) from error
             except (RuntimeError, MemoryError) as error:
@@ -113,6 +118,30 @@ class PercoImageFile(ImageFile.ImageFile):
                 self.fp.close()
             self.fp = io.BytesIO(picture.tobytes())
         return super().load()
+
+    def _decode(self) -> Image.Image:
+        """The picture, by the engine; where `draft` was called, not much larger than that."""
+        from perco_engine.engine import get_engine_for
+
+        options = self._options
+        engine = get_engine_for(self._model, options.device, rate_point=self.info["perco"]["rate_point"])
+        return engine.decode(
+            self._file,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            seed=options.seed,
+            max_size_px=max(self.size) if self.size != self._full_size else None,
+            allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES,
+        )
+
+    def _decode_small(self) -> Image.Image | None:
+        """The picture at the size that `draft` chose, without torch; None where only the engine can give it."""
+        from perco_engine import preview
+
+        try:
+            return preview.decode(self._file, self._reduction, allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES)
+        except (PreviewUnavailable, InvalidModel):
+            return None
 
 
 def describe(header: Header, size_bytes: int) -> dict[str, Any]:
@@ -156,7 +185,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
     for name, block in blocks.items():
         if not isinstance(block, bytes):
             raise ValueError(f"{name} must be bytes, not {type(block).__name__}")
-    for name, kinds in (("caption", str), ("seed", int), ("alpha", bool)):
+    for name, kinds in (("caption", str), ("alpha", bool)):
         value = options.get(name)
         if value is not None and not isinstance(value, kinds):
             raise ValueError(f"{name} must be of type {kinds.__name__}, not {value!r}")

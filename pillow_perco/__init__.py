@@ -26,14 +26,15 @@ def register_perco_opener(**options: Any) -> None:
     """Registers the format with Pillow, with other settings for decoding (see OpenerOptions): steps, guidance_scale,
     seed, device.  Without options: the defaults again, as the import of this package does by itself.
 
-    Raises TypeError for an unknown option.
+    Raises TypeError for an unknown option, ValueError for a wrong value.
     """
     register(OpenerOptions(**options) if options else None)
 
 
-def save(image: Image.Image, path: str | os.PathLike[str], **options: Any) -> None:
+def save(image: Image.Image, path: str | bytes | os.PathLike[str], **options: Any) -> None:
     """Saves like `image.save(path, "PERCO", **options)`, but never harms the file that was there.
 
-    The picture is encoded first, written beside `path`, and renamed onto it.  Raises what `image.save` would raise.
+    The picture is encoded first, written beside `path` (or beside what that links to), and renamed onto it.
+    Raises what `image.save` would raise.
     """
     write_beside(path, encode(image, options))

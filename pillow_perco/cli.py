@@ -1,6 +1,5 @@
 """The command line: each command parses, calls one function, and prints."""
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -14,8 +13,12 @@ from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
 
 from .cli_compare import compare
+from .cli_convert import convert
+from .cli_desktop import desktop
 from .cli_evaluate import evaluate, find_peers, select_coco
 from .cli_models import models
+from .cli_train import train
+from .cli_view import service, view
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
@@ -48,6 +51,15 @@ def read_photo(path: Path) -> Image.Image:
         return as_seen(photo)
 
 
+def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
+    """Puts a written file into the thumbnail cache: if wanted, or if nothing is said and that is quick."""
+    from perco_engine import get_engine, thumbnails
+
+    if thumbnails.is_wanted(wanted, get_engine(model)):
+        for _ in thumbnails.fill_files([file], again=True):
+            pass
+
+
 @main.command()
 @click.argument("source", type=INPUT)
 @click.argument("target", type=OUTPUT)
@@ -68,7 +80,13 @@ def read_photo(path: Path) -> Image.Image:
 @click.option(
     "--keep-metadata", is_flag=True, help="Store the photo's EXIF and XMP (they are larger than the picture)."
 )
-def encode(source: Path, target: Path, no_alpha: bool, keep_metadata: bool, **options: Any) -> None:
+@click.option(
+    "--thumbnails/--no-thumbnails", "thumbnailed", default=None,
+    help="Put TARGET into the desktop's thumbnail cache.  [default: yes, if the model decodes in one step]",
+)  # fmt: skip
+def encode(
+    source: Path, target: Path, no_alpha: bool, keep_metadata: bool, thumbnailed: bool | None, **options: Any
+) -> None:
     """Encode the picture SOURCE to the .perco file TARGET.
 
     The picture is turned upright and converted to sRGB.  TARGET is replaced only when everything went well.
@@ -78,6 +96,7 @@ def encode(source: Path, target: Path, no_alpha: bool, keep_metadata: bool, **op
         options |= {"exif": photo.getexif(), "xmp": photo.info.get("xmp")}
     pillow_perco.save(photo, target, alpha=not no_alpha, **options)
     size = target.stat().st_size
+    fill_cache(target, options["model"], thumbnailed)
     click.echo(f"{target}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
 
 
@@ -98,9 +117,10 @@ def decode(
     from perco_engine import bitstream, weights
     from perco_engine.engine import get_engine_for
     from perco_engine.evaluation.contact_sheet import samples_sheet
+    from perco_engine.picture_files import picture_bytes, writable_kind
 
-    kind = Image.registered_extensions().get(target.suffix.lower())
-    if kind not in Image.SAVE:
+    kind = writable_kind(target.suffix)
+    if kind is None:
         raise click.ClickException(f"{target}: no picture format can be written under this name; try .png")
     if model is not None:
         weights.find(model)
@@ -113,9 +133,7 @@ def decode(
         [data] * len(seeds), steps=steps, guidance_scale=guidance, seed=seeds, max_size_px=max_size
     )
     picture = samples_sheet(pictures, seeds) if samples else pictures[0]
-    written = io.BytesIO()
-    (picture.convert("RGB") if kind == "JPEG" else picture).save(written, kind)
-    write_beside(target, written.getvalue())
+    write_beside(target, picture_bytes(picture, kind))
     click.echo(f"{target}: {picture.width}x{picture.height} pixels")
 
 
@@ -175,11 +193,19 @@ def demo(photo: Path, out: Path) -> None:
 @click.option(
     "--times", type=click.IntRange(1), default=5, show_default=True, help="Runs of which the median is taken."
 )
-def bench(photo: Path, as_json: bool, times: int) -> None:
+@click.option(
+    "--convert", "count", type=click.IntRange(10), metavar="N",
+    help="Instead: convert N photos, and run the networks alone on the same ones.",
+)  # fmt: skip
+def bench(photo: Path, as_json: bool, times: int, count: int | None) -> None:
     """Measure what importing, opening, encoding and decoding cost on this machine."""
     from perco_engine.evaluation import bench as benchmark
+    from perco_engine.evaluation import bench_convert
 
-    result = benchmark.measure(read_photo(photo), times)
+    if count is None:
+        result = benchmark.measure(read_photo(photo), times)
+    else:
+        result = bench_convert.measure(read_photo(photo), count)
     click.echo(benchmark.to_json(result) if as_json else benchmark.table(result))
 
 
@@ -195,13 +221,25 @@ def doctor(build_torchac: bool) -> None:
         torchac_backend.build()
     for line in report():
         click.echo(line)
+    registered = Image.registered_extensions().get(".perco") == "PERCO" and "PERCO" in Image.OPEN
+    click.echo(f"{'Pillow plugin':<24} {'registered by import pillow_perco' if registered else 'not registered'}")
+    if sys.platform.startswith("linux"):
+        from .desktop import check
+
+        for finding in check.findings():
+            click.echo(finding.line)
 
 
 main.add_command(models)
+main.add_command(convert)
+main.add_command(view)
+main.add_command(service)
 main.add_command(compare)
+main.add_command(desktop)
 main.add_command(evaluate)
 main.add_command(find_peers)
 main.add_command(select_coco)
+main.add_command(train)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -100,7 +100,9 @@ def verify(name: str | None) -> None:
         folders = [one.folder for one in inventory.list_models()]
         names = [folder.name for folder in folders if folder.parent == weights.models_folder()]
     else:
-        names = [name]
+        names = inventory.installed_names(name)
+    if not names:
+        click.echo("nothing is installed beside the models of this package")
     damaged = 0
     for one in names:
         wrong = inventory.verify(one)
@@ -114,20 +116,24 @@ def verify(name: str | None) -> None:
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(name: str, yes: bool) -> None:
-    """Delete the installed model NAME."""
+    """Delete the installed model NAME, or all installed checkpoints of the family NAME."""
     from perco_engine.store import inventory
 
+    names = inventory.installed_names(name)
     if not yes:
-        click.confirm(f"delete {inventory.path(name)}?", abort=True)
-    inventory.remove(name)
-    click.echo(f"{name}: removed")
+        folders = " and ".join(str(folder) for folder in inventory.paths(name))
+        click.confirm(f"delete {folders}?", abort=True)
+    for one in names:
+        inventory.remove(one)
+        click.echo(f"{one}: removed")
 
 
 @models.command()
 @click.argument("name", required=False)
 def path(name: str | None) -> None:
-    """Print the folder of the model NAME, or of all models."""
+    """Print the folder of the model NAME (of a family: each checkpoint's), or of all models."""
     from perco_engine import weights
     from perco_engine.store import inventory
 
-    click.echo(str(weights.models_folder() if name is None else inventory.path(name)))
+    for folder in [weights.models_folder()] if name is None else inventory.paths(name):
+        click.echo(folder)

@@ -1,5 +1,7 @@
 """A tiny real model with random weights, and pictures that no two are alike."""
 
+import json
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
@@ -15,6 +18,7 @@ from perco_engine.models.unet import UNet2DConditionModel
 from perco_engine.pipeline import PercoPipeline
 from perco_engine.training.embedded import new_scheduler
 
+PARITY = Path(__file__).parent / "parity"
 PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"
 
 
@@ -26,6 +30,14 @@ def peak_bytes(act: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that install under /usr/local are for those who ask for them."""
+    if "desktop" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("desktop"):
+                item.add_marker(pytest.mark.skip(reason="installs under /usr/local: pytest -m desktop"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,3 +96,17 @@ def opened_size(path: Path) -> tuple[int, int]:
     """The size of the picture in a file, which is closed again."""
     with Image.open(path) as image:
         return image.size
+
+
+@pytest.fixture(scope="session")
+def latent_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a latent diffusion model as Stable Diffusion's are, tiny: no hyper-encoder, a plain first layer."""
+    folder = tmp_path_factory.mktemp("models") / "latent-diffusion"
+    shutil.copytree(PARITY / "pipeline_tiny" / "pipeline", folder, ignore=lambda *_: ["hyper_enc"])
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if not k.startswith("conv_in_extended")}, weights)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["hyper_enc"]
+    index |= {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

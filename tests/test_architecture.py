@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_the_lowest_layer_imports_next_to_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "captioner", "devices", "engine", "family", "pipeline", "pixels", "store/install", "store/inventory",
+        "captioner", "devices", "engine", "family", "pipeline", "pixels", "preview", "store/install", "store/inventory",
+        "thumbnailer",
         "torchac_backend", "weights",
     ],
 )  # fmt: skip
@@ -103,6 +105,13 @@ def test_importing_and_opening_leave_torch_alone(photo: Image.Image, tmp_path: P
     )
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_every_package_is_shipped() -> None:
+    settings = tomllib.loads((ENGINE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {path.parent for path in files(ENGINE, PLUGIN) if path.name == "__init__.py"}
+    named = {".".join(folder.relative_to(ENGINE.parent).parts) for folder in found}
+    assert set(settings["packages"]) == named | {"pillow_perco.integrations"}
 
 
 def test_public_names_exist() -> None:

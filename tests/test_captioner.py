@@ -259,6 +259,18 @@ def test_8_bit_weights_need_bitsandbytes(blip2: Path, pictures: list[Image.Image
         Blip2Captioner(blip2, quantize_8bit=True)(pictures)
 
 
+def test_8_bit_weights(blip2: Path, pictures: list[Image.Image]) -> None:
+    """Runs where bitsandbytes is installed; its CPU build does."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    captioner, plain = Blip2Captioner(blip2, "cpu", quantize_8bit=True), Blip2Captioner(blip2, "cpu")
+    assert all(captioner(pictures)) and captioner(pictures) == captioner(pictures)
+    plain(pictures)
+    model, other = (cache.get(one._key, pytest.fail) for one in (captioner, plain))
+    assert sum(isinstance(part, bitsandbytes.nn.Linear8bitLt) for part in model.model.modules()) > 10
+    assert model.size_bytes < 0.6 * other.size_bytes
+
+
 def test_a_model_without_a_chat_continues_the_prompt(blip: Path, pictures: list[Image.Image]) -> None:
     captioner = PipelineCaptioner(blip)
     captions = captioner(pictures)

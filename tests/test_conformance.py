@@ -34,7 +34,7 @@ def test_header_and_hyper_latent(case: Path) -> None:
     assert len(codes.indices) == len(stored.files)
     for grid, name in zip(codes.indices, stored.files, strict=True):
         np.testing.assert_array_equal(grid, stored[name])
-    assert bitstream.pack(codes, get_engine().rate_points) == data
+    assert bitstream.pack(codes, get_engine().rate_points, prior=get_engine().prior) == data
 
 
 def test_picture(case: Path) -> None:

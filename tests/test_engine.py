@@ -12,7 +12,7 @@ from PIL import Image
 
 from perco_engine import bitstream, get_engine, weights
 from perco_engine.bitstream.header import checksum
-from perco_engine.devices import WeightsCache, best_device, best_dtype
+from perco_engine.devices import WeightsCache, best_device, best_dtype, budget_bytes
 from perco_engine.engine import Engine
 from perco_engine.errors import (
     BudgetTooSmall,
@@ -103,24 +103,27 @@ def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, photo: Image
 
 
 def test_an_absurd_size_costs_nothing() -> None:
-    body = b"\x93PCo\x14\x02\xff\xfe\xff\xfe" + bytes(20)
+    body = b"\x93PCo\x14\x03\xff\xfe\xff\xfe" + bytes(20)
     with pytest.raises(LimitExceeded):
         get_engine().decode(body + checksum(body))
-    body = b"\x93PCo\x14\x02\xff\xfe\x07\xff" + bytes(20)
+    body = b"\x93PCo\x14\x03\xff\xfe\x07\xff" + bytes(20)
     with pytest.raises(TruncatedFile):
         get_engine().decode(body + checksum(body))
 
 
 def test_a_rate_point_that_the_model_does_not_have() -> None:
-    body = b"\x93PCo\x17\x02\x00\x07\x00\x07\x00"
+    body = b"\x93PCo\x17\x03\x00\x07\x00\x07\x00"
     with pytest.raises(UnsupportedRatePoint, match="rate point 7"):
         get_engine().decode(body + checksum(body))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": -1}, {"steps": 1.5}, {"steps": True}, {"max_size_px": 0}, {"guidance_scale": -1.0}, {"seed": -3}],
-)
+    [
+        {"steps": -1}, {"steps": 1.5}, {"steps": True}, {"steps": 1001}, {"max_size_px": 0}, {"guidance_scale": -1.0},
+        {"seed": -3}, {"seed": 2**32}, {"seed": 2**70},
+    ],
+)  # fmt: skip
 def test_wrong_decode_options_are_value_errors(options: dict[str, float], photo: Image.Image) -> None:
     engine = get_engine()
     with pytest.raises(ValueError, match=r"\w"):
@@ -197,6 +200,21 @@ def test_bf16_shows_the_same_picture(photo: Image.Image) -> None:
     assert np.abs(np.asarray(full).astype(int) - np.asarray(half).astype(int)).mean() < 4
 
 
+def test_devices_and_dtypes_that_cannot_be(tiny_model: Path) -> None:
+    for device in ("toaster", "cuda:77", "meta"):
+        with pytest.raises(ValueError, match=f"the device '{device}' cannot be used here .*leave it out"):
+            get_engine(tiny_model, device)
+    for dtype in ("float16", 3, torch.int8):
+        with pytest.raises(ValueError, match="dtype must be a dtype of torch"):
+            get_engine(tiny_model, dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_the_memory_budget_is_a_number() -> None:
+    assert budget_bytes("8000000000") == 8_000_000_000
+    with pytest.raises(ValueError, match="PERCO_MEMORY_BUDGET is a number of bytes"):
+        budget_bytes("8GB")
+
+
 def test_the_default_device_and_dtype() -> None:
     assert best_dtype(torch.device("cpu")) == torch.float32
     assert get_engine().device == best_device()
@@ -238,7 +256,8 @@ def test_long_streams_are_coded_alike_by_either_coder(tiny_model: Path) -> None:
     engine = get_engine(tiny_model)
     image = Image.effect_noise((1200, 1200), 80).convert("RGB")
     data = engine.encode(image, bpp=0.0156)
-    assert bitstream.pack(bitstream.unpack(data, engine.rate_points), engine.rate_points) == data
+    points, prior = engine.rate_points, engine.prior
+    assert bitstream.pack(bitstream.unpack(data, points, prior=prior), points, prior=prior) == data
 
 
 def test_a_published_checkpoint_folder_is_a_model_like_any_other(photo: Image.Image) -> None:

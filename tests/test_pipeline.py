@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perco_engine.errors import InvalidModel, ModelUnavailable
+from perco_engine.errors import InvalidModel, ModelUnavailable, NotFinite
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
@@ -229,8 +229,9 @@ def test_calls_that_do_not_fit(published: PercoPipeline, textless: PercoPipeline
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"local_features": None}, "local_features"),
         ({"num_inference_steps": 0}, "at least 1"),
-        ({"num_inference_steps": -1}, "0 or more"),
-        ({"num_inference_steps": 1.5}, "0 or more"),
+        ({"num_inference_steps": -1}, "from 0 to 999"),
+        ({"num_inference_steps": 1.5}, "from 0 to 999"),
+        ({"num_inference_steps": 1000}, "from 0 to 999"),  # one less than were trained: they are counted from 1 on
         ({"guidance_scale": float("nan")}, "guidance scale"),
         ({"guidance_scale": float("inf")}, "guidance scale"),
         ({"output_type": "jpeg"}, "output_type"),
@@ -444,3 +445,14 @@ def test_whole_pictures_make_the_previews_where_there_is_no_shorter_way(
     whole = published.decode_indices(indices, 40, 56, generator=generator(3), output_type="pt", **options)
     preview = published.decode_preview(indices, 40, 56, 8, generator=generator(3), **options)
     close(preview, whole.unflatten(2, (5, 8)).unflatten(4, (7, 8)).mean((3, 5)))
+
+
+def test_numbers_that_are_none_are_told(published: PercoPipeline, folder: Path) -> None:
+    """Damaged weights, or 16 bits too few, would otherwise show black pictures and write codes of nothing."""
+    pipeline = PercoPipeline.from_pretrained(folder)
+    pipeline.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match=r"U-Net went out of the range of torch\.float32: install"):
+        pipeline(local_features=torch.zeros(1, 320, 1, 1), num_inference_steps=1)
+    pipeline.vae.to(torch.bfloat16).quant_conv.bias.data[0] = float("nan")
+    with pytest.raises(NotFinite, match=r"encoder went out .* take dtype=torch\.float32, or install"):
+        pipeline.encode_image(picture(64, 64))

@@ -38,7 +38,7 @@ def test_a_photo_at_the_lowest_rate_has_eighty_bytes_at_most() -> None:
     data = saved(gradient, bpp=0.0019)
     assert len(data) <= 80
     assert data[:4] == b"\x93PCo"
-    assert data[4:10] == bytes([0x10, 2, 0x01, 0xFF, 0x01, 0xFF])
+    assert data[4:10] == bytes([0x18, 3, 0x01, 0xFF, 0x01, 0xFF])
 
 
 def test_the_picture_comes_back_as_a_picture_of_the_same_thing(photo: Image.Image) -> None:
@@ -145,12 +145,18 @@ def test_max_bytes_takes_the_best_that_fits(photo: Image.Image) -> None:
     [
         {"bpp": 0}, {"bpp": -1}, {"bpp": float("nan")}, {"bpp": "0.1"}, {"max_bytes": 0}, {"max_bytes": 1.5},
         {"caption": 3}, {"caption": "x" * 4097}, {"seed": -1}, {"seed": 2**32}, {"seed": 1.0}, {"alpha": "no"},
-        {"exif": "text"}, {"icc_profile": 1},
+        {"exif": "text"}, {"icc_profile": 1}, {"bpp": True}, {"bpp": 10**400}, {"max_bytes": True}, {"seed": True},
+        {"model": 3}, {"model": b"embedded"}, {"device": "toaster"}, {"device": "cuda:77"}, {"best_of": 2.0},
     ],
 )  # fmt: skip
 def test_wrong_values_are_value_errors(options: dict[str, object], photo: Image.Image) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         saved(photo, **options)
+
+
+def test_numbers_of_numpy_are_numbers(photo: Image.Image) -> None:
+    plain = saved(photo, bpp=0.0098, max_bytes=900, seed=7)
+    assert saved(photo, bpp=np.float32(0.0098), max_bytes=np.int64(900), seed=np.uint32(7)) == plain
 
 
 def test_an_unknown_model_says_what_to_do(photo: Image.Image) -> None:
@@ -305,6 +311,9 @@ def test_register_perco_opener_sets_how_files_are_decoded(photo: Image.Image) ->
         assert opened(data).tobytes() != default
         with pytest.raises(TypeError):
             pillow_perco.register_perco_opener(colour="blue")
+        for wrong in ({"steps": -1}, {"steps": 1.5}, {"guidance_scale": float("nan")}, {"seed": 2**32}):
+            with pytest.raises(ValueError, match="must be"):
+                pillow_perco.register_perco_opener(**wrong)
     finally:
         pillow_perco.register_perco_opener()
     assert opened(data).tobytes() == default

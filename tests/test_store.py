@@ -8,16 +8,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import loopback_hub
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import opened_size
 from PIL import Image
+from safetensors.numpy import save_file as save_prior
 from safetensors.torch import load_file, save_file
+from test_prior import tensors as prior_tensors
 
-from perco_engine import bitstream, get_engine, weights
+from perco_engine import bitstream, devices, get_engine, weights
 from perco_engine.bitstream.header import checksum
+from perco_engine.bitstream.prior import PRIOR_FILE
 from perco_engine.codes import ModelReference
 from perco_engine.devices import WeightsCache
 from perco_engine.engine import Engine
@@ -30,6 +35,7 @@ from perco_engine.store.component_files import convert_pickle
 from pillow_perco.cli import main
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
+URL_OF_A_FILE = "/{repo_id}/resolve/{revision}/{filename}"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -77,6 +83,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store."""
     monkeypatch.setenv("PERCO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(weights, "_seen", {})
     return tmp_path / "home" / "models"
 
 
@@ -195,6 +202,45 @@ def test_max_bytes_takes_the_best_that_fits(family: Path, photo: Image.Image) ->
         with pytest.raises(ValueError, match="max_bytes"):
             engine.encode(photo, max_bytes=wrong)  # type: ignore[arg-type]
     assert bitstream.read_header(engine.encode(photo, max_bytes=113, caption="a fox")).rate_point == 0
+
+
+def test_pictures_are_captioned_once_however_many_rates_are_tried(family: Path, photo: Image.Image) -> None:
+    engine, calls = get_engine("perco-sd"), []
+
+    def captioner(images: object) -> list[str]:
+        calls.append(len(images))  # type: ignore[arg-type]
+        return ["a large owl", "a small owl"]
+
+    large, small = engine.encode_batch([photo, photo.resize((64, 48))], max_bytes=60, captioner=captioner)
+    assert calls == [2]
+    assert (engine.codes(large).caption, engine.codes(small).caption) == ("a large owl", "a small owl")
+    assert engine.codes(large).rate_point < engine.codes(small).rate_point
+    assert engine.encode_batch([photo] * 2, max_bytes=60, caption=["a large owl", ""])[0] == large
+    for wrong in (["one"], ["one", 2], 5):
+        with pytest.raises(ValueError, match="caption"):
+            engine.encode_batch([photo] * 2, max_bytes=60, caption=wrong)  # type: ignore[arg-type]
+
+
+def test_a_family_s_file_is_decoded_by_a_folder_that_was_not_imported(
+    family: Path, sources: dict[str, Path], small: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "x.perco", tmp_path / "out.png"
+    small.save(path, model="perco-sd", bpp=0.0019)
+    expected = get_engine("perco-sd").decode(path.read_bytes(), steps=2)
+    monkeypatch.setenv("PERCO_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(weights, "_seen", {})
+    assert perco("decode", path, out, "--steps", 2).exit_code == 1
+    result = perco("decode", path, out, "--steps", 2, "--model", sources["other"])
+    assert result.exit_code == 1 and "the file needs perco-sd at 0.0019 bpp" in result.output
+    assert perco("decode", path, out, "--steps", 2, "--model", sources["low"]).exit_code == 0
+    with Image.open(out) as picture:
+        assert picture.tobytes() == expected.tobytes()
+    devices.cache.clear()
+    data = bytearray(path.read_bytes()[:-2])
+    data[4] += 3  # 0.0313 bpp
+    wrong = bytes(data) + checksum(bytes(data))
+    with pytest.raises(InvalidModel, match=r"low is of 0\.0019 bpp, and was to be of 0\.0313"):
+        get_engine(sources["low"]).decode(wrong)
 
 
 def test_opacity_stays_until_the_lowest_rate(family: Path, photo: Image.Image) -> None:
@@ -369,6 +415,17 @@ def test_a_pickle_that_wants_more_is_refused_and_not_run(
     assert not list(store.parent.rglob("*.*"))
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(10**12), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")]
+)
+def test_a_pickle_of_tensors_that_are_not_stored_in_full(tensor: torch.Tensor, tmp_path: Path) -> None:
+    """A stride of 0 would make terabytes of it."""
+    torch.save({"a": tensor}, tmp_path / "x.bin")
+    with pytest.raises(InvalidModel, match=r"a is no plain tensor"):
+        convert_pickle(tmp_path / "x.bin", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize("contents", [[1, 2], {"a": 1}, {}, {1: torch.zeros(1)}])
 def test_a_pickle_of_something_else(contents: object, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "x.bin")
@@ -430,6 +487,10 @@ WRONG = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"no model_index\.json"),
     "a broken index": (lambda f: edit(f / "model_index.json", unet="unet"), r"unet must be \[module, class\]"),
     "a class of its own": (lambda f: edit(f / "model_index.json", vae=["evil", "Vae"]), "vae is a Vae, which this"),
+    "quantized weights": (
+        lambda f: rewrite(f / "unet" / WEIGHTS, lambda s: s.update({k: v.to(torch.int8) for k, v in s.items()})),
+        r"unet are quantized: \S+ is I8, not one of F64, F32, F16, BF16",
+    ),
     "no vocabulary": (lambda f: [p.unlink() for p in (f / "tokenizer").iterdir()], "tokenizer is not in the folder"),
 }  # fmt: skip
 
@@ -613,6 +674,61 @@ def test_what_the_hub_has_given_is_installed_at_its_revision(
         install.pull("somebody/perco-low", revision="f" * 40)
 
 
+@pytest.fixture
+def loopback(
+    store: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[loopback_hub.Hub]:
+    """A hub with one repository, somebody/perco-low; the library's pauses between its attempts are left out."""
+    folder = Path(shutil.copytree(sources["low"], tmp_path / "repository"))
+    (folder / "LICENSE").write_text("take it")
+    (folder / "README.md").write_text("a card")
+    (folder / "everything.ckpt").write_bytes(b"not wanted")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+    with loopback_hub.hub({"somebody/perco-low": ("0123456789abcdef" * 2 + "01234567", folder)}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.url + URL_OF_A_FILE)
+        yield server
+
+
+def test_pulling_from_a_hub(loopback: loopback_hub.Hub, store: Path, sources: dict[str, Path]) -> None:
+    commit = loopback.repositories["somebody/perco-low"][0]
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 0 and f"installed from somebody/perco-low at revision {commit}" in result.output
+    record = json.loads((store / "perco-sd-0.0019" / "perco.json").read_text())
+    assert record["revision"] == commit and record["files"].keys() >= {"LICENSE", "README.md", f"unet/{WEIGHTS}"}
+    assert weights.fingerprint(store / "perco-sd-0.0019") == weights.fingerprint(sources["low"])
+    assert not any("everything.ckpt" in request for request in loopback.requests)
+    loopback.requests.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+    assert not any("/resolve/" in request for request in loopback.requests)
+    assert "no 'somebody/else' that you may" in perco("models", "pull", "somebody/else").output
+    assert "at revision 'v9'" in perco("models", "pull", "somebody/perco-low", "--revision", "v9").output
+
+
+def test_a_download_that_was_broken_off_goes_on_where_it_stopped(loopback: loopback_hub.Hub, store: Path) -> None:
+    loopback.most = 50_000
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 1 and "goes on where it stopped" in result.output and not store.exists()
+    begun = list((store.parent / "downloading").iterdir())
+    assert [path.stat().st_size for path in begun] == [50_000]
+    loopback.most = None
+    loopback.requests.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+    assert [request for request in loopback.requests if request.endswith("bytes=50000-")]
+    assert not list((store.parent / "downloading").iterdir())
+
+
+def test_what_arrives_is_held_against_the_hub_s_hash(loopback: loopback_hub.Hub, store: Path) -> None:
+    data = (loopback.repositories["somebody/perco-low"][1] / "unet" / WEIGHTS).read_bytes()
+    loopback.forged[f"unet/{WEIGHTS}"] = data[:-1] + bytes([data[-1] ^ 1])
+    result = perco("models", "pull", "somebody/perco-low")
+    assert result.exit_code == 1 and f"unet/{WEIGHTS} did not arrive as the hub has it" in result.output
+    loopback.forged.clear()
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+
+
 def test_a_base_on_the_hub(
     store: Path, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,7 +791,7 @@ def test_remove_asks(store: Path, sources: dict[str, Path]) -> None:
     assert (store / "perco-sd-0.0019").is_dir()
     assert perco("models", "remove", "perco-sd-0.0019", "--yes").exit_code == 0
     assert not list(store.iterdir()) and not list((store.parent / "importing").iterdir())
-    for name in ("perco-sd-0.0019", "embedded", "..", "", "perco-sd"):
+    for name in ("perco-sd-0.0019", "..", ""):
         result = perco("models", "remove", name, "--yes")
         assert result.exit_code == 1 and "is installed: there is none" in result.output
     assert (weights.find("embedded").folder / "model_index.json").exists()
@@ -749,3 +865,65 @@ def test_former_names_of_weights_are_known(store: Path, sources: dict[str, Path]
     image = Image.radial_gradient("L").convert("RGB").resize((64, 64))
     mine, plain = get_engine("perco-sd"), get_engine(sources["low"])
     assert mine.decode(mine.encode(image), steps=1).tobytes() == plain.decode(plain.encode(image), steps=1).tobytes()
+
+
+def test_licence_and_card_come_along(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, base = (Path(shutil.copytree(sources["low"], tmp_path / name)) for name in ("mine", "base"))
+    shutil.rmtree(folder / "vae")
+    (folder / "LICENSE.txt").write_text("mine")
+    (folder / "readme.md").write_text("a card")
+    (folder / "notes.txt").write_text("no document")
+    (base / "LICENSE").write_text("the base's")
+    installed = install.import_folder(folder, base=str(base))
+    texts = {path.relative_to(installed.folder).as_posix(): path.read_text() for path in (
+        *installed.folder.glob("*.*"), *installed.folder.glob("base/*")) if path.suffix != ".json"}  # fmt: skip
+    assert texts == {"LICENSE.txt": "mine", "readme.md": "a card", "base/LICENSE": "the base's"}
+    assert {"LICENSE.txt", "base/LICENSE"} < set(installed.files)
+    assert installed.fingerprint == weights.fingerprint(sources["low"])
+    (folder / "LICENSE.txt").unlink()
+    assert install.import_folder(folder, base=str(base)).files == installed.files  # the same weights: nothing new
+
+
+def test_errors_name_what_was_to_be_imported(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, base = (Path(shutil.copytree(sources["low"], tmp_path / name)) for name in ("mine", "base"))
+    edit(folder / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert f"{folder}: scheduler is a EulerDiscreteScheduler" in perco("models", "import", folder).output
+    shutil.rmtree(folder / "vae")
+    cut_file(base / "vae" / WEIGHTS)
+    assert f"{base / 'vae' / WEIGHTS} is damaged" in perco("models", "import", folder, "--base", base).output
+    assert f"it holds {base} and {folder}: import that" in perco("models", "import", tmp_path).output
+
+
+def test_a_family_s_name_stands_for_its_checkpoints(store: Path, sources: dict[str, Path]) -> None:
+    assert "nothing is installed" in perco("models", "verify").output
+    assert "not on this machine" in perco("models", "verify", "perco-sd").output
+    for name in ("low", "high"):
+        install.import_folder(sources[name])
+    names = ["perco-sd-0.0019", "perco-sd-0.0313"]
+    assert perco("models", "verify", "perco-sd").output.splitlines() == [f"{name}: ok" for name in names]
+    assert perco("models", "path", "perco-sd").output.splitlines() == [str(store / name) for name in names]
+    assert "part of this package" in perco("models", "remove", "embedded", "--yes").output
+    assert perco("models", "remove", "perco-sd", "--yes").exit_code == 0 and not list(store.iterdir())
+
+
+def test_models_with_a_damaged_record_or_none(store: Path, sources: dict[str, Path], jpeg: Path) -> None:
+    install.import_folder(sources["low"], name="mine")
+    record = store / "mine" / "perco.json"
+    record.write_text("{")
+    result = perco("encode", jpeg, jpeg.with_suffix(".perco"), "--model", "mine")
+    assert "the record of the model 'mine' is damaged: perco models remove mine" in result.output
+    record.unlink()
+    assert "put here by hand" in perco("models", "verify", "mine").output
+    assert weights.find("mine").folder == store / "mine"
+
+
+def test_a_prior_comes_along(store: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Without it an installed model would write other bytes than its folder, and have another fingerprint."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
+    (folder / PRIOR_FILE).parent.mkdir(exist_ok=True)
+    save_prior(prior_tensors(), folder / PRIOR_FILE)
+    installed = install.import_folder(folder)
+    assert PRIOR_FILE in installed.files and installed.fingerprint == weights.fingerprint(folder)
+    (folder / PRIOR_FILE).write_bytes(b"{")
+    with pytest.raises(InvalidModel, match=f"cannot read {folder / PRIOR_FILE}"):
+        install.import_folder(folder, name="other")

@@ -1,69 +1,503 @@
-"""The parts of training that need no photos and no hours."""
+"""PerCo's training on tiny networks: what is computed, what is learnt, and that a broken-off run goes on."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
-from perco_engine.training import photos
-from perco_engine.training.embedded import new_unet
-from perco_engine.training.stage import Stage, pace
+from perco_engine import weights
+from perco_engine.errors import InvalidModel, InvalidSettings, TrainingError
+from perco_engine.pipeline import PercoPipeline
+from perco_engine.store import install
+from perco_engine.training import lpips, networks
+from perco_engine.training.journal import read_log
+from perco_engine.training.objective import PercoObjective, draw, noise_levels
+from perco_engine.training.settings import HyperEncoderStart, Learn, Objective
+from perco_engine.training.train import train
+
+BASE = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
 
 
-def test_the_manifest_keeps_held_out_photos_out(tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    folder.mkdir()
-    for name in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (8, 8)).save(folder / name)
-    assert [path.name for path in photos.manifest(folder, "train")] == ["a.jpg", "b.jpg"]
-    (tmp_path / "train_manifest.csv").write_text("file,split\na.jpg,held-out\nb.jpg,train\n")
-    assert [path.name for path in photos.manifest(folder, "train")] == ["b.jpg"]
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Path:
+    """The folder of eight photos of 48 pixels, with captions beside them."""
+    folder = tmp_path_factory.mktemp("eight")
+    for k in range(8):
+        left, top = 48 * (k % 4), 64 * (k // 4)
+        photo.crop((left, top, left + 48, top + 48)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"a photo, number {k}")
+    return folder
 
 
-def test_every_photo_comes_once_before_any_comes_again() -> None:
-    flat = [Image.new("RGB", (90, 70), (k * 20, 0, 0)) for k in range(6)]
-    crops = photos.batches(flat, side=16, size=2, seed=1)
-    seen = [round((float(crop[0].mean()) + 1) * 127.5) for _ in range(3) for crop in next(crops)]
-    assert sorted(seen) == [0, 20, 40, 60, 80, 100]
-    again = photos.batches(flat, side=16, size=2, seed=1)
-    fresh = photos.batches(flat, side=16, size=2, seed=1)
-    assert all(torch.equal(next(again), next(fresh)) for _ in range(5))
+def write_settings(folder: Path, base: Path, photos: Path, text: str = "", **tables: Any) -> Path:
+    """A settings file for a run on tiny networks."""
+    given: dict[str, dict[str, Any]] = {
+        "data": {"source": "folder", "folder": str(photos), "workers": 0, "in_memory": True},
+        "model": {"base": str(base)},
+        "model.hyper_encoder": {"bpp": 0.0313, "width": 8, "local_features": 8, "codebook_dim": 8},
+        "optimizer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+    }
+    for name, table in tables.items():
+        given[name] = given.get(name, {}) | table
+    lines = ['recipe = "perco-sd"', 'run = "run"', "resolution = 64", text]
+    for name, table in given.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text("\n".join(lines) + "\n")
+    return folder / "config.toml"
 
 
-def train(folder: Path, steps: int) -> list[float]:
-    """The weights of a tiny stage after each of so many more steps."""
+def losses(folder: Path) -> list[float]:
+    """The losses of a run, a step each."""
+    log = read_log(folder / "run")
+    assert [line["step"] for line in log] == list(range(1, len(log) + 1))
+    return [line["loss"] for line in log]
+
+
+def start(bpp: float = 0.0313) -> HyperEncoderStart:
+    return HyperEncoderStart(bpp=bpp, width=8, local_features=8, codebook_dim=8)
+
+
+# What is computed.
+
+
+class Telling(nn.Module):
+    """A U-Net that predicts nothing, and keeps what it was given."""
+
+    def forward(self, noisy: Any, t: Any, text: Any, local_features: Any) -> Any:
+        self.given = noisy, t, text, local_features
+        return type("Output", (), {"sample": torch.zeros_like(noisy)})
+
+
+class Codes(nn.Module):
+    """A hyper-encoder that stands for any."""
+
+    def forward(self, latents: Any) -> Any:
+        return type("Output", (), {"z_hat": latents[:, :, ::2, ::2], "commitment_loss": torch.tensor(0.5)})
+
+
+def scheduler(prediction: str, **changes: Any) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1,
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_loss_by_its_formulas(prediction: Any, gamma: float | None) -> None:
+    settings = Objective(
+        prediction=prediction, min_snr_gamma=gamma, noise_offset=0.1, input_perturbation=0.2, commitment_weight=0.25
+    )
+    unet, latents = Telling(), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    objective = PercoObjective(unet, Codes(), scheduler(prediction), settings)
+    draws = draw([1, 2, 3], (4, 8, 8))
+    loss, figures = objective(latents, None, draws, torch.zeros(3, 3, 64, 64))
+    t = (draws.level * 1000).long()
+    alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[t].view(3, 1, 1, 1)
+    noise = draws.noise + 0.1 * draws.offset
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * (noise + 0.2 * draws.perturbation)
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    target = velocity if prediction == "v_prediction" else noise
+    snr = (alpha / (1 - alpha)).flatten()
+    weight = torch.ones(3)
+    if gamma is not None:
+        weight = snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else snr)
+    errors = target.pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(unet.given[0], noisy)
+    assert torch.equal(unet.given[1], t)
+    torch.testing.assert_close(loss, (weight * errors).mean() + 0.125)
+    torch.testing.assert_close(figures["diffusion"], errors.mean())
+    truth = velocity if prediction == "v_prediction" else noise
+    clean = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    torch.testing.assert_close(objective.one_step(clean, truth, t), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_draws_belong_to_the_crop_and_not_to_the_batch() -> None:
+    whole, half = draw([4, 5], (4, 2, 2)), draw([5], (4, 2, 2))
+    for name in ("noise", "perturbation", "offset", "level", "text"):
+        assert torch.equal(getattr(whole, name)[1:], getattr(half, name))
+    many = draw(list(range(2000)), (1, 1, 1))
+    assert float((many.text < 0.1).float().mean()) == pytest.approx(0.1, abs=0.02)
+    assert float(many.level.mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_grid_of_noise_levels() -> None:
+    assert noise_levels(scheduler("epsilon"), None).tolist() == list(range(1000))
+    assert noise_levels(scheduler("epsilon"), 50).tolist() == list(range(981, 0, -20))
+
+
+def test_min_snr_where_there_is_no_signal() -> None:
+    levels = torch.tensor([999])
+    for prediction, weight in (("v_prediction", 0.0), ("epsilon", 1.0)):
+        zero = scheduler(prediction, rescale_betas_zero_snr=True)
+        objective = PercoObjective(Telling(), Codes(), zero, Objective(prediction=prediction, min_snr_gamma=5.0))  # type: ignore[arg-type]
+        assert objective.weights(levels).item() == pytest.approx(weight, abs=1e-6)
+
+
+# Where training starts, and what learns.
+
+
+def test_conv_in_is_copied(latent_diffusion: Path) -> None:
+    pipeline = networks.load(latent_diffusion, start(), "v_prediction")
+    stored = load_file(latent_diffusion / "unet" / "diffusion_pytorch_model.safetensors")
+    extended = pipeline.unet.conv_in_extended
+    assert extended.weight.shape[1] == 4 + 8
+    assert torch.equal(extended.weight[:, :4], stored["conv_in.weight"])
+    assert torch.equal(extended.bias, stored["conv_in.bias"])
+    assert extended.weight[:, 4:].abs().max() > 0
+
+
+def test_a_perco_model_goes_on_learning() -> None:
+    pipeline = networks.load(BASE, None, "v_prediction")
+    stored = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(pipeline.unet.conv_in_extended.weight, stored["conv_in_extended.weight"].float())
+
+
+def test_what_a_base_must_have(latent_diffusion: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match=r"model\.hyper_encoder is missing"):
+        networks.load(latent_diffusion, None, "epsilon")
+    with pytest.raises(InvalidSettings, match="which the recipe embedded trains"):
+        networks.load(tiny_model, None, "epsilon")
+    with pytest.raises(InvalidModel, match="size mismatch for conv_in_extended"):
+        networks.load(BASE, start(), "epsilon")
+
+
+@pytest.mark.parametrize("design", ["elic", "hific"])
+def test_fresh_hyper_encoders(design: Any) -> None:
+    fresh = networks.fresh_hyper_encoder(
+        HyperEncoderStart(bpp=0.0098, design=design, width=8, local_features=12, codebook_dim=8), 4
+    )
+    assert fresh.rate_points[0].bpp == 0.0098 and fresh.quantizer.codebook.shape == (1024, 8)
+    assert fresh(torch.randn(1, 4, 8, 8)).z_hat.shape == (1, 12, 2, 2)
+
+
+@pytest.mark.parametrize("scope", ["all", "linear", "lora"])
+def test_what_learns(scope: Any, latent_diffusion: Path) -> None:
+    pipeline = networks.load(latent_diffusion, start(), "v_prediction")
+    networks.choose_weights(pipeline, Learn(scope=scope, lora_rank=2))
+    learning = {name for name, weight in pipeline.unet.named_parameters() if weight.requires_grad}
+    assert all(weight.requires_grad for weight in pipeline.hyper_enc.parameters())
+    assert not any(w.requires_grad for part in (pipeline.vae, pipeline.text_encoder) for w in part.parameters())
+    assert {"conv_in_extended.weight", "conv_in_extended.bias"} <= learning and "conv_in.weight" not in learning
+    rest = learning - {"conv_in_extended.weight", "conv_in_extended.bias"}
+    every = {name for name, _ in pipeline.unet.named_parameters()}
+    if scope == "all":
+        assert learning == every - {"conv_in.weight", "conv_in.bias"}
+    elif scope == "linear":
+        linear = {name for name, module in pipeline.unet.named_modules() if isinstance(module, nn.Linear)}
+        assert {name.rsplit(".", 1)[0] for name in rest} == linear
+    else:
+        assert rest and all(".lora_" in name and ".attn" in name for name in rest)
+
+
+def test_low_rank_additions_are_merged(latent_diffusion: Path, tmp_path: Path) -> None:
+    pipeline, learn = networks.load(latent_diffusion, start(), "v_prediction"), Learn(scope="lora", lora_rank=2)
+    networks.choose_weights(pipeline, learn)
+    for name, weight in pipeline.unet.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(weight, std=0.1)
+    inputs = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 32)
+    features = torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        before = pipeline.unet(*inputs, local_features=features).sample
+        networks.merge(pipeline, learn)
+        networks.write_model(pipeline, latent_diffusion, tmp_path / "model", torch.float32)
+        loaded = PercoPipeline.from_pretrained(tmp_path / "model")
+        torch.testing.assert_close(loaded.unet(*inputs, local_features=features).sample, before, atol=1e-5, rtol=1e-4)
+    stored = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not [key for key in stored if "lora" in key or "base_layer" in key]
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, latent_diffusion: Path, eight: Path) -> Path:
+    """A finished run of six steps that was never broken off, with everything switched on."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(write_everything(folder, latent_diffusion, eight), lambda text: None)
+    return folder
+
+
+def write_everything(folder: Path, base: Path, photos: Path, **optimizer: Any) -> Path:
+    return write_settings(
+        folder, base, photos, "seed = 3",
+        optimizer={"steps": 6, "batch_size": 4, "micro_batch_size": 2, "warmup_steps": 3, "schedule": "cosine"}
+        | optimizer,
+        objective={
+            "min_snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "text_dropout": 0.5,
+            "commitment_weight": 0.1, "timestep_grid": 50,
+        },
+        compute={"ema_decay": 0.9, "gradient_checkpointing": True},
+        checkpoints={"every_steps": 2, "keep": 2},
+        validation={"every_steps": 3, "photos": 2, "folder": str(photos), "inference_steps": 2},
+    )  # fmt: skip
+
+
+def test_the_log_and_the_checkpoints(whole: Path) -> None:
+    log = read_log(whole / "run")
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log if "validation" in line] == [3, 6]
+    assert {"psnr", "diffusion"} == set(log[-1]["validation"])
+    rates = [line["learning_rate"] for line in log if "loss" in line]
+    assert rates[:4] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3]) and rates[3] > rates[4] > rates[5]
+    kept = sorted(path.name for path in (whole / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+def test_curves_and_images_of_tensorboard(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole / "run" / "curves" / "train"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("validation/psnr")] == [3, 6]
+    (first, _) = events.Images("validation/0")
+    assert (first.width, first.height) == (128, 64)
+
+
+def test_the_model_is_one_like_any_other(whole: Path, latent_diffusion: Path, photo: Image.Image) -> None:
+    checkpoint = install.import_folder(whole / "run" / "model")
+    assert (checkpoint.name, checkpoint.family, checkpoint.bpp) == ("perco-sd-0.0313", "perco-sd", 0.0313)
+    pipeline = PercoPipeline.from_pretrained(weights.models_folder() / checkpoint.name)
+    small = torch.from_numpy(np.asarray(photo.resize((64, 64))).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    (indices,) = pipeline.encode_image(small)
+    assert indices.shape == (1, 4, 4)
+    assert pipeline.decode_indices([indices], 64, 64, num_inference_steps=1, prompt="x")[0].size == (64, 64)
+    for part in ("vae", "text_encoder"):
+        stored = "diffusion_pytorch_model" if part == "vae" else "model"
+        old, new = (
+            (place / part / f"{stored}.safetensors").read_bytes() for place in (latent_diffusion, whole / "run/model")
+        )
+        assert old == new
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
+    whole: Path, latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    """Killed after the checkpoint of step 4, while it computes, so that a half-written log is there as well."""
+    config = write_everything(tmp_path, latent_diffusion, eight)
+    command = [sys.executable, "-m", "pillow_perco.cli", "train", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stdout and process.stdout.read().decode()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "loss": 7}\n{"step": 6, "lo')
+    told: list[str] = []
+    train(config, told.append)
+    assert "goes on after step 4" in told
+    assert read_log(tmp_path / "run") == read_log(whole / "run")
+    for part in ("unet", "hyper_enc"):
+        name = f"run/model/{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not_been(
+    whole: Path, latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    config = write_everything(tmp_path, latent_diffusion, eight)
+    told: list[str] = []
+    # The signal must come while the run watches for it: in a step.
+    forward = PercoObjective.forward
+
+    def interrupted(*given: Any) -> Any:
+        patch.setattr(PercoObjective, "forward", forward)  # a second signal would be the end
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PercoObjective, "forward", interrupted)
+        with pytest.raises(TrainingError, match="stopped after step 1, which is saved"):
+            train(config, told.append)
+    train(config, told.append)
+    assert "goes on after step 1" in told and read_log(tmp_path / "run") == read_log(whole / "run")
+    train(config, told.append)
+    assert "goes on after step 6" in told and read_log(tmp_path / "run") == read_log(whole / "run")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_damaged_checkpoint_is_told(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    config = write_settings(tmp_path, latent_diffusion, eight, optimizer={"steps": 1})
+    train(config, lambda text: None)
+    (tmp_path / "run" / "checkpoints" / "step-00000001" / "unet.safetensors").write_bytes(b"x")
+    with pytest.raises(TrainingError, match=r"step-00000001 cannot be read, .* delete its folder"):
+        train(config, lambda text: None)
+
+
+def test_damaged_photos_are_counted(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for path in eight.glob("[0-2].png"):
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"no picture")
+    config = write_settings(tmp_path, latent_diffusion, tmp_path / "photos", optimizer={"steps": 3})
+    told: list[str] = []
+    train(config, told.append)
+    assert any(text.startswith("1 photos could not be read and were left out") for text in told)
+    assert list(json.loads((tmp_path / "run" / "skipped.json").read_text())) == ["bad.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"optimizer": {"kind": "adamw-8bit"}}, 'optimizer.kind: "adamw-8bit" needs the package'),
+        ({"model": {"base": "nowhere"}}, "model.base: there is no folder nowhere"),
+        ({"data": {"held_out": 0.0}, "validation": {}}, "validation: data: there is no held-out photo"),
+    ],
+)
+def test_what_cannot_be_had_is_told(
+    tables: dict[str, Any], told: str, latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    if "bitsandbytes" in sys.modules or torch.cuda.is_available():
+        pytest.skip("this machine has it")
+    config = write_settings(tmp_path, latent_diffusion, eight, **tables)
+    with pytest.raises(InvalidSettings) as error:
+        train(config, lambda text: None)
+    assert told in str(error.value)
+
+
+# LPIPS.
+
+
+def random_vgg() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Random weights under the names that torchvision and lpips give theirs."""
     torch.manual_seed(0)
-    module = nn.Linear(3, 1)
-    stage = Stage(folder, "tiny", minutes=10, modules={"unet": module}, lr=0.01)
-    weights = []
-    for step in stage.steps():
-        torch.manual_seed(step)
-        stage.update(module(torch.randn(4, 3)).pow(2).mean())
-        weights.append(module.weight.sum().item())
-        if len(weights) == steps:
-            stage.step += 1
-            stage.save()
-            return weights
-    raise AssertionError("the minutes are over")
+    widths = [
+        (3, 64),
+        (64, 64),
+        (64, 128),
+        (128, 128),
+        (128, 256),
+        (256, 256),
+        (256, 256),
+        (256, 512),
+        *[(512, 512)] * 5,
+    ]
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    vgg = {}
+    for place, (narrow, wide) in zip(places, widths, strict=True):
+        vgg[f"features.{place}.weight"] = torch.randn(wide, narrow, 3, 3) * (2 / (9 * narrow)) ** 0.5
+        vgg[f"features.{place}.bias"] = torch.randn(wide) * 0.1
+    linear = {f"lin{k}.model.1.weight": torch.rand(1, n, 1, 1) for k, n in enumerate((64, 128, 256, 512, 512))}
+    return vgg, linear
 
 
-def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.monotonic", lambda: 0.0)  # the learning rate follows the clock
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    whole.mkdir()
-    halves.mkdir()
-    assert train(halves, 3) + train(halves, 4) == pytest.approx(train(whole, 7))
+def test_lpips_by_its_definition_and_its_slope_at_zero() -> None:
+    vgg, linear = random_vgg()
+    x, y = torch.rand(2, 3, 32, 48) * 2 - 1, torch.rand(2, 3, 32, 48) * 2 - 1
+    mean, deviation = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    a, b = ((z - mean.view(3, 1, 1)) / deviation.view(3, 1, 1) for z in (x, y))
+    expected, taps = torch.zeros(()), {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
+    for place in range(31):
+        if f"features.{place}.weight" in vgg:
+            given = vgg[f"features.{place}.weight"], vgg[f"features.{place}.bias"]
+            a, b = (torch.relu(nn.functional.conv2d(z, *given, padding=1)) for z in (a, b))
+            if place in taps:
+                unit = [z / (z.pow(2).sum(1, keepdim=True) + 1e-8).sqrt() for z in (a, b)]
+                weight = linear[f"lin{taps[place]}.model.1.weight"]
+                expected = expected + nn.functional.conv2d((unit[0] - unit[1]) ** 2, weight).mean()
+        elif place in (4, 9, 16, 23):
+            a, b = (nn.functional.max_pool2d(z, 2) for z in (a, b))
+    distance = lpips.VggLpips(vgg, linear)
+    torch.testing.assert_close(distance(x, y), expected)
+    dark = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)
+    distance(dark, dark.detach()).backward()
+    assert dark.grad is not None and dark.grad.isfinite().all()
 
 
-def test_paces() -> None:
-    names = ("ladder.levels.0.encoder.0.weight", "vae.encoder.1.weight", "unet.conv_out.bias")
-    assert [pace(name) for name in names] == [0.35, 1.0, 2.0]
+@pytest.mark.slow
+def test_lpips_is_in_the_loss_of_high_rates_and_its_weights_are_asked_for(
+    latent_diffusion: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no net"))
+    )
+    high = {"bpp": 0.0937}
+    config = write_settings(tmp_path, latent_diffusion, eight, **{"model.hyper_encoder": high})
+    with pytest.raises(InvalidSettings, match=r"objective\.lpips_weight: LPIPS is not available.*lpips_weight = 0"):
+        train(config, lambda text: None)
+    vgg, linear = random_vgg()
+    torch.save(vgg, tmp_path / "vgg.pth")
+    (tmp_path / "lpips" / "weights" / "v0.1").mkdir(parents=True)
+    (tmp_path / "lpips" / "__init__.py").touch()
+    torch.save(linear, tmp_path / "lpips" / "weights" / "v0.1" / "vgg.pth")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = write_settings(
+        tmp_path, latent_diffusion, eight, **{"model.hyper_encoder": high},
+        objective={"lpips_vgg": str(tmp_path / "vgg.pth")}, optimizer={"steps": 2},
+    )  # fmt: skip
+    train(config, lambda text: None)
+    for line in read_log(tmp_path / "run"):
+        assert line["lpips"] > 0 and line["loss"] == pytest.approx(line["diffusion"] + 0.1 * line["lpips"], rel=1e-5)
 
 
-@torch.no_grad()
-def test_a_new_unet_adds_nothing_to_the_estimate() -> None:
-    local = torch.randn(1, 17, 6, 5)
-    output = new_unet()(torch.randn(1, 16, 6, 5), 999, None, local_features=local).sample
-    assert torch.equal(output, local[:, :16])
+# What takes longer.
+
+
+@pytest.mark.slow
+def test_eight_photos_are_learnt_by_heart(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    config = write_settings(
+        tmp_path, latent_diffusion, eight, optimizer={"steps": 250, "batch_size": 8, "learning_rate": 2e-3}
+    )
+    train(config, lambda text: None)
+    found = losses(tmp_path)
+    assert np.mean(found[-10:]) < np.mean(found[:10]) / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["linear", "lora"])
+def test_the_smaller_scopes_learn_too(scope: str, latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    config = write_settings(
+        tmp_path, latent_diffusion, eight, learn={"scope": scope},
+        optimizer={"steps": 60, "batch_size": 8, "learning_rate": 5e-3}, compute={"mixed_precision": "bf16"},
+    )  # fmt: skip
+    model = train(config, lambda text: None)
+    found = losses(tmp_path)
+    assert np.mean(found[-10:]) < np.mean(found[:10]) / 1.4
+    assert PercoPipeline.from_pretrained(model).hyper_enc.rate_points[0].bpp == 0.0313
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    """Through the command itself; after the first step of plain AdamW weights would tell the signs only."""
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        config = write_settings(
+            folder, latent_diffusion, eight, optimizer={"steps": 3, "batch_size": 4, "epsilon": 1.0},
+            objective={"commitment_weight": 0.1},
+        )  # fmt: skip
+        command = [sys.executable, "-m", "pillow_perco.cli", "train", str(config), "--processes", str(processes)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("done; install it with") == 1
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-5)
+    states = [
+        torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*/run/checkpoints/*/optimizer.bin"))
+    ]
+    one, two = (state["state"] for state in states)
+    for key, value in one.items():  # the mean of the gradients
+        scale = value["exp_avg"].abs().max()
+        torch.testing.assert_close(two[key]["exp_avg"], value["exp_avg"], rtol=1e-4, atol=float(1e-5 * scale + 1e-9))
+    for part in ("unet", "hyper_enc"):
+        files = [tmp_path / str(n) / f"run/model/{part}/diffusion_pytorch_model.safetensors" for n in (1, 2)]
+        first, second = (load_file(file) for file in files)
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-6, msg=key)

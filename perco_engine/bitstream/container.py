@@ -72,9 +72,17 @@ def pack(
 
 
 def unpack(
-    data: bytes, rate_points: Sequence[RatePoint], *, prior: Prior | None = None, coder: Coder = OWN_CODER
+    data: bytes,
+    rate_points: Sequence[RatePoint],
+    *,
+    prior: Prior | None = None,
+    coder: Coder = OWN_CODER,
+    grids: int | None = None,
 ) -> Codes:
     """What a file says; the inverse of `pack`.
+
+    grids: read only the first so many grids of the file (at least 1), for a small picture of a large file; the Codes
+        are then those of the rate point that these grids make, and whether the rest is sound is not looked at.
 
     Raises a BitstreamError as `read_header` does, UnsupportedRatePoint if the model does not offer the rate point, and
     InvalidModel if the prior is not one for it.
@@ -85,7 +93,11 @@ def unpack(
         _raise_if_cut(data, rate_points, prior, coder)
         raise
     point = _rate_point(header, rate_points)
-    return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, prior, coder), point)
+    if grids is None or grids >= len(point.grids):
+        return _codes(header, header.rate_point, _decode(header.hyper_latent, header, point, prior, coder), point)
+    level = next(k for k, lower in enumerate(rate_points) if lower.grids == point.grids[:grids])
+    first = list(_decoded_grids(Decoder(header.hyper_latent), header, rate_points[level], prior))
+    return _codes(header, level, first, rate_points[level])
 
 
 def unpack_partial(

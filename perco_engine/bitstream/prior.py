@@ -98,6 +98,10 @@ def most_grids(point: RatePoint, width_px: int, height_px: int, stream_bytes: in
     return len(point.grids)
 
 
+PRIOR_FILE = "prior/prior.safetensors"
+"""Where a model folder has its prior."""
+
+
 class Prior:
     """The prior of one model.
 
@@ -120,8 +124,8 @@ class Prior:
 
     @classmethod
     def load(cls, folder: Path) -> Prior | None:
-        """The prior of a model folder, `prior/prior.safetensors`, or None where it has none.  Raises InvalidModel."""
-        path = folder / "prior" / "prior.safetensors"
+        """The prior of a model folder, PRIOR_FILE, or None where it has none.  Raises InvalidModel."""
+        path = folder / PRIOR_FILE
         if not path.exists():
             return None
         from safetensors import SafetensorError

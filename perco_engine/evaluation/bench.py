@@ -51,6 +51,22 @@ print(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 """
 
 
+_DRAFT = """
+import sys, time
+start = time.perf_counter()
+import pillow_perco
+from PIL import Image
+Image.open(sys.argv[1]).thumbnail((128, 128))
+print((time.perf_counter() - start) * 1000)
+"""
+
+
+def _thumbnailer_seconds(source: Path, target: Path, times: int) -> float:
+    """The median time of a cold perco-thumbnailer, from its start to its end."""
+    command = [sys.executable, "-m", "perco_engine.thumbnailer", "-s", "128", str(source), str(target)]
+    return _median_seconds(lambda: subprocess.run(command, check=True, env={}), times)
+
+
 def _fresh_process(code: str, *arguments: str, times: int = 5) -> float:
     """The median of the number that `code` prints, each time in a new interpreter."""
     command = [sys.executable, "-c", code, *arguments]
@@ -86,6 +102,11 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
         target.write_bytes(engine.encode(photo))
         figures["import pillow_perco, beyond PIL, cold (ms)"] = _fresh_process(_IMPORT, times=times)
         figures["Image.open (ms)"] = _fresh_process(_OPEN, str(target), times=times)
+        figures["Image.thumbnail to 128 pixels, cold (ms)"] = _fresh_process(_DRAFT, str(target), times=times)
+        for point in (engine.rate_points[0], engine.rate_points[-1]):
+            target.write_bytes(engine.encode(photo, bpp=point.bpp))
+            name = f"perco-thumbnailer at {point.bpp} bpp, cold process (s)"
+            figures[name] = _thumbnailer_seconds(target, Path(folder) / "thumbnail.png", times)
         figures["peak memory of a save and a load (MB)"] = _fresh_process(_PEAK, str(source), str(target), times=1)
     for point in engine.rate_points:
         data = engine.encode(photo, bpp=point.bpp)
@@ -96,16 +117,21 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
         figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)
     figures["decode to 256 pixels (s)"] = _median_seconds(lambda: engine.decode(data, max_size_px=256), times)
     return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": str(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
-            "python": platform.python_version(),
-            "torch": torch.__version__.split("+")[0],
-        },
+        "machine": machine(engine, torch),
         "picture": f"{SIZE[0]}x{SIZE[1]}",
         "figures": {name: round(value, 4) for name, value in figures.items()},
+    }
+
+
+def machine(engine: Any, torch: Any) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(engine.device),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
     }
 
 

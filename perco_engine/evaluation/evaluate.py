@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from .. import bitstream, rates, weights
+from ..batch_options import DecodeOptions, EncodeOptions
 from ..captioner import caption_pictures, get_captioner
-from ..engine import DecodeOptions, EncodeOptions, get_engine
+from ..engine import get_engine
 from ..errors import EvaluationError, PercoError
 from ..version import __version__
 from . import classical, classical_search, distributions, metrics

@@ -22,6 +22,9 @@ Shapes = dict[str, tuple[int, ...]]
 REFERENCE_DESIGNS = ("HyperEncoder", "ElicHyperEncoder", "HificHyperEncoder")
 """What a folder of PerCo (SD) calls its hyper-encoder."""
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes, as safetensors names them, that networks are loaded from; 8-bit weights need scales that nobody reads."""
+
 _FORMER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What an autoencoder's attention layers were once called; diffusers renames them as it loads."""
 
@@ -49,11 +52,18 @@ def _check_component(folder: Path, name: str, class_name: str) -> Any:
     path = folder / name
     kind = component_class(folder, name, class_name)
     component = _declared(kind, path)
-    stored = stored_shapes(path, name)
+    entries = stored_entries(path, name)
+    stored = {key: shape for key, (_, shape) in entries.items()}
     if problem := difference(shapes(component, name), stored):
         if class_name in REFERENCE_DESIGNS:
             _check_rate(component, stored, path)
         raise InvalidModel(f"the weights in {path} do not fit its configuration: {problem}")
+    for key, value in component.state_dict().items():
+        dtype, _ = entries[_key(key, name)]
+        if value.is_floating_point() and dtype not in _FLOATS:
+            raise InvalidModel(
+                f"the weights in {path} are quantized: {key} is {dtype}, not one of {', '.join(_FLOATS)}"
+            )
     return component
 
 
@@ -73,14 +83,15 @@ def shapes(component: torch.nn.Module, name: str) -> Shapes:
     return {_key(key, name): tuple(value.shape) for key, value in component.state_dict().items()}
 
 
-def stored_shapes(path: Path, name: str) -> Shapes:
-    """The shape of every key in a component's safetensors files, from their headers.  Raises InvalidModel."""
-    stored: Shapes = {}
+def stored_entries(path: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every key in a component's safetensors files, from their headers.  Raises InvalidModel."""
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118  (not a mapping)
-                    stored[_key(key, name)] = tuple(weights.get_slice(key).get_shape())
+                    entry = weights.get_slice(key)
+                    stored[_key(key, name)] = entry.get_dtype(), tuple(entry.get_shape())
         except (SafetensorError, OSError) as error:
             raise InvalidModel(f"{file} is damaged or incomplete: {error}") from error
     if name == "text_encoder":  # a table 0, 1, 2, ... that older releases of transformers stored

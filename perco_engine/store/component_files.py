@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,27 @@ WEIGHTLESS = ("scheduler", "tokenizer")
 
 SAFETENSORS, PICKLE, INDEX = ".safetensors", ".bin", ".index.json"
 SETTINGS_SUFFIXES = (".json", ".txt")
+
+
+_DOCUMENT = re.compile(r"(licen[cs]e|copying|notice|readme|model[-_ ]?card|use[-_ ]?policy)", re.IGNORECASE)
+MAX_DOCUMENT_BYTES = 1 << 20
+
+BASE_DOCUMENTS = "base"
+"""Where, in an installed model, the documents of the base model lie."""
+
+
+def is_document(name: str) -> bool:
+    """Whether a path in an installed model is of a licence or a card, which no network depends on."""
+    parent, _, file_name = name.rpartition("/")
+    return parent in ("", BASE_DOCUMENTS) and bool(_DOCUMENT.match(file_name))
+
+
+def bring_documents(source: Path, target: Path) -> None:
+    """Copies the licence and the card of the model in the folder `source`, where it has them, into `target`."""
+    for file in sorted(source.iterdir()):
+        if is_document(file.name) and file.is_file() and file.stat().st_size <= MAX_DOCUMENT_BYTES:
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / file.name)
 
 
 def stems(name: str) -> tuple[str, str]:
@@ -110,7 +132,8 @@ def convert_pickle(source: Path, target: Path) -> None:
 
     Tensors that share memory in the pickle (tied weights) are written once for each key.
 
-    Raises InvalidModel for a pickle that names anything but tensors, or that is no dictionary of them.
+    Raises InvalidModel for a pickle that names anything but tensors, that is no dictionary of them, or whose tensors
+    are larger than what it stores.
     """
     try:
         state = _load_tensors(source)
@@ -125,6 +148,11 @@ def convert_pickle(source: Path, target: Path) -> None:
         and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
     ):
         raise InvalidModel(f"{source} is no dictionary from names to tensors, as the weights of a component are")
+    for key, value in state.items():
+        # A stride of 0 makes terabytes of one stored number, and sparse or quantized tensors are no weights of ours.
+        plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.nbytes > value.untyped_storage().nbytes():
+            raise InvalidModel(f"{source}: {key} is no plain tensor, stored in full, as weights are")
     owned: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for key, value in state.items():

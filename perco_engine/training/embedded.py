@@ -1,11 +1,4 @@
-"""Trains the embedded model from nothing, in four stages, each restartable from its last checkpoint.
-
-    python -m perco_engine.training.embedded autoencoder --photos FOLDER --run FOLDER --minutes 15
-    python -m perco_engine.training.embedded ladder      --photos FOLDER --run FOLDER --minutes 12
-    python -m perco_engine.training.embedded joint       --photos FOLDER --run FOLDER --minutes 80
-    python -m perco_engine.training.embedded export      --run FOLDER --out MODEL
-    python -m perco_engine.training.embedded prior       --photos FOLDER --run FOLDER --minutes 15 --start MODEL
-    python -m perco_engine.training.embedded export-prior --run FOLDER --out MODEL
+"""The recipe embedded: trains the embedded model from nothing, in four stages, each restartable.
 
 autoencoder: principal components, least squares, then L1 + feature distance.
 ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
@@ -13,37 +6,75 @@ joint: ladder, decoder and U-Net together, through the decoded picture: L1, squa
     of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
     every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
 prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
+
+A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
+a name in settings.StageName, and a table of its own in settings.Embedded.
 """
 
 import random
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import click
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ..errors import InvalidSettings, TrainingError
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
-from . import photos
-from .prior import export_prior, train_prior
-from .stage import Stage, autocast, channels_last
+from ..models.unet import UNet2DConditionModel
+from .crops import Crops
+from .journal import Tell
+from .photos import random_crop, to_tensor
+from .prior import train_prior
+from .processes import accelerated
+from .settings import Embedded, StageName
+from .sources import UNREADABLE, open_source
+from .stage import Run, Stage, channels_last
 
 LATENT_CHANNELS = 16
 
 FEATURE_WEIGHTS = (0.5, 0.4, 0.25, 0.2, 0.14)
 """What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
 
-CROPS = ((2, 384), (3, 320), (4, 256), (8, 192), (8, 192))
-"""Crops of a batch and their side at each level: the coarser the codes, the more of a photo they must be seen in."""
-
 WALK = (999, 749, 499, 249)
 """The timesteps of decoding in four steps; the first alone is decoding in one."""
 
-M = TypeVar("M", bound=nn.Module)
+MODEL = "model"
+"""The finished model's folder, in the run's."""
+
+
+def check(settings: Embedded) -> None:
+    """Looks for all that the settings name.  Raises InvalidSettings."""
+    open_source(settings.data, "train")
+    if settings.start is not None and not (settings.start / "model_index.json").is_file():
+        raise InvalidSettings(f"start: {settings.start} is no model folder: it has no model_index.json")
+
+
+def train(settings: Embedded, tell: Tell = print) -> Path:
+    """Runs the stages that are not done yet; returns the folder of the model that the last one gives.
+
+    Raises InvalidSettings, ModelError, TrainingError; see also Checkpoints.after_step.
+    """
+    with accelerated(settings.run, settings.mixed_precision) as accelerator:
+        say: Tell = tell if accelerator.is_main_process else lambda text: None
+        run = Run(settings, accelerator, open_source(settings.data, "train"), say)
+        for name in settings.stages:
+            if (run.folder(name) / "finished").is_dir():
+                say(f"{name}: is done")
+                continue
+            say(f"{name}: on {accelerator.device}, {len(run.source.names)} photos")
+            torch.manual_seed(settings.seed)
+            TRAIN[name](run)
+        if accelerator.is_main_process:
+            export(run, settings.run / MODEL)
+        accelerator.wait_for_everyone()
+    return settings.run / MODEL
 
 
 def similarity(output: Tensor, target: Tensor) -> Tensor:
@@ -74,40 +105,42 @@ def picture_loss(
     return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim}
 
 
-def finished(run: Path, stage: str, name: str, module: M) -> M:
-    """Loads the averaged weights of a finished stage into `module`, frozen."""
-    state = torch.load(run / f"{stage}.pt", weights_only=True)["averaged"]
-    module.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
-    return module.requires_grad_(False).eval()
+def sample(run: Run, count: int, seed: int) -> Tensor:
+    """Random crops (count, 3, 256, 256) that belong to no step."""
+    crops = Crops(run.source, random_crop, 256, seed, count)
+    return torch.stack([crops[position]["pixels"] for position in range(count)])
 
 
-def train_autoencoder(run: Path, pictures: list[Any], minutes: float, side: int, size: int) -> None:
-    vae = PatchAutoencoder(LATENT_CHANNELS)
-    if not (run / "autoencoder.pt").exists():
-        sample = next(photos.batches(pictures, 256, 600, 0))
-        vae.fit_analysis(F.unfold(sample, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8))
+def train_autoencoder(run: Run) -> None:
+    vae = run.begun((), "vae", lambda: PatchAutoencoder(LATENT_CHANNELS)).requires_grad_(True)
+    if run.is_new("autoencoder") and run.settings.start is None:
+        pictures = sample(run, run.settings.sample, 0)
+        vae.fit_analysis(F.unfold(pictures, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8))
         with torch.no_grad():
-            vae.fit_synthesis(vae.analysis(sample[:300]), sample[:300])
+            half = pictures[: run.settings.sample // 2 or 1]
+            vae.fit_synthesis(vae.analysis(half), half)
     vae.analysis.requires_grad_(False)
     vae.synthesis.requires_grad_(False)
-    distance = channels_last(FeatureDistance())
-    stage = Stage(run, "autoencoder", minutes, {"vae": channels_last(vae)}, 6e-4)
-    data = photos.batches(pictures, side, size, random.randrange(2**31))
+    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    stage = Stage(run, "autoencoder", {"vae": channels_last(vae)})
+    data = stage.crops(run.settings.autoencoder.batch_size, run.settings.autoencoder.side)
+    vae.train()
     for _ in stage.steps():
-        x = next(data).contiguous(memory_format=torch.channels_last)
-        with autocast():
+        x = next(data)
+        with run.autocast():
             z = vae.encode(x).latents
             y = vae.decode(z).sample
             loss, figures = picture_loss(distance, y, x)
         spread = (z.float().pow(2).mean((0, 2, 3)) - 1).pow(2).mean()
         stage.update(loss + 0.01 * spread, spread=spread, **figures)
     # The encoder is final from here on: solve the linear decoder once more, for the latents that it really makes.
-    vae = finished(run, "autoencoder", "vae", vae)
-    sample = next(photos.batches(pictures, 256, 300, 1))
+    vae.load_state_dict(stage.averaged["vae"].state_dict())
+    vae.cpu().eval()
+    pictures = sample(run, run.settings.sample // 2 or 1, 1)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latents for part in sample.split(50)])
-        vae.fit_synthesis(latents, sample)
-        torch.save({"vae": vae.state_dict(), "deviation": pixel_deviation(vae)}, run / "autoencoder-final.pt")
+        latents = torch.cat([vae.encode(part).latents for part in pictures.split(50)])
+        vae.fit_synthesis(latents, pictures)
+    stage.finish(vae=vae)
 
 
 def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
@@ -116,27 +149,36 @@ def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
     return (response / response.mean()).view(-1, 1, 1)
 
 
-def load_autoencoder(run: Path) -> tuple[PatchAutoencoder, Tensor]:
-    """The autoencoder of the finished first stage, and its `pixel_deviation`."""
-    state = torch.load(run / "autoencoder-final.pt", weights_only=True)
-    vae = PatchAutoencoder(LATENT_CHANNELS)
-    vae.load_state_dict(state["vae"])
-    return vae.requires_grad_(False), state["deviation"]
+def autoencoder(run: Run) -> tuple[PatchAutoencoder, Tensor]:
+    """The autoencoder of the first stage, frozen, on the device, and its `pixel_deviation`."""
+    vae: PatchAutoencoder = run.begun(("autoencoder",), "vae")
+    return vae.to(run.accelerator.device), pixel_deviation(vae).to(run.accelerator.device)
 
 
 @torch.no_grad()
-def cache_latents(vae: PatchAutoencoder, pictures: list[Any], scales: tuple[float, ...]) -> list[Tensor]:
+def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...]) -> list[Tensor]:
     """The latents of whole photos at several scales, (c, h/8, w/8) fp16 each."""
     cached = []
-    for picture in pictures:
+    for picture in readable(run):
         for scale in scales:
             width, height = (round(side * scale) // 8 * 8 for side in picture.size)
-            if min(width, height) < 256:
+            if min(width, height) < run.settings.ladder.side:
                 continue
-            x = photos.to_tensor(picture.resize((width, height)))[None]
-            with autocast():
-                cached.append(vae.encode(x.contiguous(memory_format=torch.channels_last)).latents[0].half())
+            x = to_tensor(picture.resize((width, height)))[None].to(run.accelerator.device)
+            with run.autocast():
+                cached.append(vae.encode(x.contiguous(memory_format=torch.channels_last)).latents[0].half().cpu())
+    if not cached:
+        raise TrainingError(f"no photo has {run.settings.ladder.side} pixels a side: lower ladder.side")
     return cached
+
+
+def readable(run: Run) -> Iterator[Image.Image]:
+    """Every photo that can be read."""
+    for number, name in enumerate(run.source.names):
+        try:
+            yield run.source.read(number)
+        except UNREADABLE as error:
+            run.tell(f"left out: {name} ({error})")
 
 
 def latent_batch(cached: list[Tensor], side: int, size: int, rng: random.Random) -> Tensor:
@@ -161,35 +203,35 @@ def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
         codebook.threshold_ema_dead_code, codebook.reset_cluster_size, codebook.decay = mean / 20, mean / 2, 0.995
 
 
-def train_ladder(run: Path, pictures: list[Any], minutes: float) -> None:
-    vae, deviation = load_autoencoder(run)
-    ladder = HyperLadder(LATENT_CHANNELS)
-    for rung in ladder.levels:
-        rung.metric.copy_(deviation**0.75)
-    mind_codebooks(ladder, 24 * 32 * 32)
-    rng = random.Random(random.randrange(2**31))
-    if not (run / "latents.pt").exists():
-        cached = cache_latents(channels_last(vae).eval(), pictures, (1.0, 0.6))
-        torch.save(cached, run / "latents.pt")
-    cached = torch.load(run / "latents.pt", weights_only=True)
-    if not (run / "ladder.pt").exists():
-        with torch.no_grad(), autocast():
-            ladder.train().climb(latent_batch(cached, 32, 384, rng), len(ladder.levels) - 1)
-    stage = Stage(run, "ladder", minutes, {"ladder": channels_last(ladder)}, 6e-4)
+def train_ladder(run: Run) -> None:
+    vae, deviation = autoencoder(run)
+    ladder = run.begun((), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
+    fresh = run.is_new("ladder") and run.settings.start is None
+    if fresh:
+        for rung in ladder.levels:
+            rung.metric.copy_(deviation**0.75)
+    side, size = run.settings.ladder.side // 8, run.settings.ladder.batch_size
+    mind_codebooks(ladder, size * run.accelerator.num_processes * side**2)
+    cached = run.kept("ladder", "latents.pt", lambda: cache_latents(channels_last(vae), run, (1.0, 0.6)))
+    ladder.to(run.accelerator.device)
+    if fresh:
+        with torch.no_grad(), run.autocast():
+            z = latent_batch(cached, side, 16 * size, run.rng("ladder", -1)).to(run.accelerator.device)
+            ladder.train().climb(z, len(ladder.levels) - 1)
+    stage = Stage(run, "ladder", {"ladder": channels_last(ladder)})
     ladder.train()
-    for _ in stage.steps():
-        z = latent_batch(cached, 32, 24, rng).contiguous(memory_format=torch.channels_last)
-        with autocast():
+    for step in stage.steps():
+        z = latent_batch(cached, side, size, stage.rng(step)).to(stage.device, memory_format=torch.channels_last)
+        with run.autocast():
             estimates, _, commitment = ladder.climb(z, len(ladder.levels) - 1)
         errors = [latent_error(y, z, deviation) for y in estimates]
         named = {f"e{k + 1}": e for k, e in enumerate(errors)}
         stage.update(torch.stack(errors).sum() + 0.5 * commitment, commitment=commitment, **named)
+    stage.finish(hyper_enc=stage.averaged["ladder"])
 
 
-def new_unet() -> nn.Module:
+def new_unet() -> UNet2DConditionModel:
     """The embedded model's U-Net, freshly initialised to add nothing to the ladder's estimate."""
-    from ..models.unet import UNet2DConditionModel
-
     unet = UNet2DConditionModel(
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -222,149 +264,95 @@ def new_scheduler() -> Any:
     )
 
 
-def train_joint(run: Path, pictures: list[Any], minutes: float, start: Path, frozen_codes: bool) -> None:
-    from ..pipeline import PercoPipeline
-
-    earlier = PercoPipeline.from_pretrained(start)
-    vae, ladder, unet = (
-        module.float().requires_grad_(False) for module in (earlier.vae, earlier.hyper_enc, earlier.unet)
-    )
-    deviation = pixel_deviation(vae)
-    for module in (vae.decoder, unet):
-        module.requires_grad_(True)
-    ladder.requires_grad_(not frozen_codes)
-    mind_codebooks(ladder, 2 * 48**2)
+def train_joint(run: Run) -> None:
+    settings = run.settings.joint
+    vae, deviation = autoencoder(run)
+    ladder: HyperLadder = run.begun(("ladder",), "hyper_enc").requires_grad_(not settings.frozen_codes)
+    unet = run.begun((), "unet", new_unet).requires_grad_(True)
+    unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
+    vae.decoder.requires_grad_(True)
+    size, side = settings.crops[0]
+    mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
-    distance = channels_last(FeatureDistance())
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
-    stage = Stage(run, "joint", minutes, {k: channels_last(m) for k, m in modules.items()}, 3e-4)
+    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()
-    ladder.train(not frozen_codes)
+    ladder.train(not settings.frozen_codes)
     unet.train()
-    seed = random.randrange(2**31)
-    data = [photos.batches(pictures, side, size, seed + side) for size, side in CROPS]
+
+    def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
+        return run.rng("joint", step).randrange(len(ladder.levels))
+
+    last = len(settings.crops) - 1
+    done = Counter(min(level_of(step), last) for step in range(stage.progress.step))
+    data = [stage.crops(size, side, stream, done[stream]) for stream, (size, side) in enumerate(settings.crops)]
     for step in stage.steps():
-        level = random.randrange(len(ladder.levels))
-        x = next(data[level]).contiguous(memory_format=torch.channels_last)
-        with autocast():
+        level = level_of(step)
+        x = next(data[min(level, last)])
+        with run.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()
             estimates, _, commitment = ladder.climb(z, level)
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
-            guess = walk(unet, scheduler, noise, local, WALK[: random.choice((1, 1, 1, 1, 2, 3, 4))])
+            guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice((1, 1, 1, 1, 2, 3, 4))])
             picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
         loss = picture + 0.1 * torch.stack(errors).sum() + 0.2 * commitment
         if step % 4 == 0:
-            t = torch.randint(0, WALK[0] + 1, (len(z),))
-            with autocast():
+            t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
+            with run.autocast():
                 noisy = scheduler.add_noise(z, noise, t)
                 denoised = unet(noisy, t, None, local_features=local.detach()).sample
             figures["diffusion"] = latent_error(denoised, z, deviation)
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
-            with autocast():
+            with run.autocast():
                 preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, FEATURE_WEIGHTS[level])
             figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
         stage.update(loss, commitment=commitment / len(errors), **figures)
+    averaged = stage.averaged
+    stage.finish(vae=averaged["vae"], hyper_enc=averaged["ladder"], unet=averaged["unet"])
 
 
 def walk(unet: nn.Module, scheduler: Any, noise: Tensor, local: Tensor, timesteps: Sequence[int]) -> Tensor:
     """Latents as DDIM finds them in these timesteps from pure noise, with a gradient through the last one alone."""
     guess = noise
     for k, timestep in enumerate(timesteps):
-        t = torch.full((len(noise),), timestep)
+        t = torch.full((len(noise),), timestep, device=noise.device)
         with torch.set_grad_enabled(k == len(timesteps) - 1):
             noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
             guess = unet(noisy, t, None, local_features=local).sample.float()
     return guess
 
 
-def export(run: Path, folder: Path) -> None:
-    """Writes the averaged weights of the joint stage as a model folder, in fp16 shards."""
+def export(run: Run, folder: Path) -> None:
+    """Writes what the stages that are done gave as a model folder, in fp16 shards, whole or not at all."""
     from ..pipeline import PercoPipeline
 
-    vae, ladder, unet = PatchAutoencoder(LATENT_CHANNELS), HyperLadder(LATENT_CHANNELS), new_unet()
-    for name, module in (("vae", vae), ("ladder", ladder), ("unet", unet)):
-        finished(run, "joint", name, module)
     pipeline = PercoPipeline(
-        vae=vae, hyper_enc=ladder, unet=unet, scheduler=new_scheduler(),
-        default_num_inference_steps=1, default_guidance_scale=1.0,
+        vae=run.begun(("joint", "autoencoder"), "vae"),
+        hyper_enc=run.begun(("joint", "ladder"), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)),
+        unet=run.begun(("joint",), "unet", new_unet),
+        scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size="14MB")
+    partial = folder.with_name(folder.name + ".partial")
+    pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+    prior = run.find(("prior",), "prior")
+    if prior is not None:
+        shutil.copytree(prior, partial / "prior")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
-@click.group()
-def main() -> None:
-    """Trains the embedded model, a stage at a time."""
-
-
-def _stage(name: str, minutes: float) -> Any:
-    """A subcommand for one stage, with the options that all of them have."""
-
-    def decorate(function: Any) -> Any:
-        for option in (
-            click.option("--photos", "folder", type=click.Path(path_type=Path, exists=True), required=True),
-            click.option("--run", type=click.Path(path_type=Path), required=True, help="Checkpoints and logs."),
-            click.option("--minutes", type=float, default=minutes, show_default=True),
-            click.option("--limit", type=int, default=None, help="Only so many photos (for a quick try)."),
-        ):
-            function = option(function)
-        return main.command(name)(function)
-
-    return decorate
-
-
-def _open(folder: Path, run: Path, limit: int | None) -> list[Any]:
-    run.mkdir(parents=True, exist_ok=True)
-    return photos.load(photos.manifest(folder, "train")[:limit])
-
-
-@_stage("autoencoder", 15)
-def _autoencoder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
-    train_autoencoder(run, _open(folder, run, limit), minutes, side=160, size=12)
-
-
-@_stage("ladder", 12)
-def _ladder(folder: Path, run: Path, minutes: float, limit: int | None) -> None:
-    train_ladder(run, _open(folder, run, limit), minutes)
-
-
-@_stage("joint", 80)
-@click.option(
-    "--start", type=click.Path(path_type=Path, exists=True), required=True, help="Model folder to go on from."
-)
-@click.option("--frozen-codes", is_flag=True, help="Leave the ladder as it is: the codes of a photo stay the same.")
-def _joint(folder: Path, run: Path, minutes: float, limit: int | None, start: Path, frozen_codes: bool) -> None:
-    train_joint(run, _open(folder, run, limit), minutes, start, frozen_codes)
-
-
-@_stage("prior", 15)
-@click.option(
-    "--start", type=click.Path(path_type=Path, exists=True), required=True, help="The model folder it is for."
-)
-@click.option("--crops", default=3000, show_default=True, help="How many crops to learn from.")
-def _prior(folder: Path, run: Path, minutes: float, limit: int | None, start: Path, crops: int) -> None:
-    train_prior(run, _open(folder, run, limit), minutes, start, crops)
-
-
-@main.command("export-prior")
-@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--out", "folder", type=click.Path(path_type=Path, exists=True), required=True)
-def _export_prior(run: Path, folder: Path) -> None:
-    export_prior(run, folder)
-
-
-@main.command("export")
-@click.option("--run", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--out", "folder", type=click.Path(path_type=Path), required=True)
-def _export(run: Path, folder: Path) -> None:
-    export(run, folder)
-
-
-if __name__ == "__main__":
-    main()
+TRAIN: dict[StageName, Callable[[Run], None]] = {
+    "autoencoder": train_autoencoder,
+    "ladder": train_ladder,
+    "joint": train_joint,
+    "prior": train_prior,
+}
+"""What a stage's name in the settings does."""

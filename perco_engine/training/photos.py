@@ -1,32 +1,11 @@
-"""Photos in memory, and random crops of them at random scales."""
+"""Photos as tensors, and the squares that training cuts out of them."""
 
-import csv
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-
-def manifest(folder: Path, split: str) -> list[Path]:
-    """The files of `folder` that its manifest (columns file, split) assigns to `split`; without one, all of them."""
-    table = folder.parent / "train_manifest.csv"
-    if not table.exists():
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions())
-    with table.open(newline="") as lines:
-        return [folder / row["file"] for row in csv.DictReader(lines) if row["split"] == split]
-
-
-def load(paths: list[Path]) -> list[Image.Image]:
-    """Every photo decoded once, as RGB."""
-    photos = []
-    for path in paths:
-        with Image.open(path) as photo:
-            photos.append(photo.convert("RGB"))
-    return photos
 
 
 def to_tensor(photo: Image.Image) -> Tensor:
@@ -50,11 +29,16 @@ def random_crop(photo: Image.Image, side: int, rng: random.Random) -> Image.Imag
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 
 
-def batches(photos: list[Image.Image], side: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches (size, 3, side, side) of random crops in -1..1; every photo once before any comes again."""
-    rng = random.Random(seed)
-    queue: list[Image.Image] = []
-    while True:
-        while len(queue) < size:
-            queue = rng.sample(photos, len(photos)) + queue
-        yield torch.stack([to_tensor(random_crop(queue.pop(), side, rng)) for _ in range(size)])
+def short_side_crop(photo: Image.Image, side: int, rng: random.Random) -> Image.Image:
+    """A random square of the photo after its short side has become `side`, maybe mirrored: PerCo (SD)'s crops."""
+    source = min(photo.size)
+    x, y = rng.uniform(0, photo.width - source), rng.uniform(0, photo.height - source)
+    crop = photo.resize((side, side), Image.Resampling.LANCZOS, (x, y, x + source, y + source))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def middle(photo: Image.Image, side: int) -> Image.Image:
+    """The square in the middle of the photo after its short side has become `side`."""
+    source = min(photo.size)
+    x, y = (photo.width - source) / 2, (photo.height - source) / 2
+    return photo.resize((side, side), Image.Resampling.LANCZOS, (x, y, x + source, y + source))

@@ -5,7 +5,6 @@ forward pass, and gradients pass the rounding straight through (Bengio et al., 2
 """
 
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES
+from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, SMALLEST_CODEBOOK
+from ..errors import TrainingError
 from ..models.ladder import HyperLadder
 from ..rates import Grid
-from . import photos
-from .stage import Stage
+from .crops import Crops
+from .photos import random_crop
+from .stage import Run, Stage
 
 STATE, HIDDEN, EMBEDDED = 48, 96, 16
 """Channels: of a level's state, of the hidden layers, of an embedded index."""
@@ -32,8 +34,6 @@ SUM_STEP = WEIGHT_STEP * ACTIVATION_STEP
 
 CROP_PX = 512
 """The side of the crops: eight cells of the coarsest grid."""
-
-BATCH = 8
 
 
 class Rounded(torch.autograd.Function):
@@ -140,7 +140,7 @@ class PriorNetwork(nn.Module):
                 state = state.repeat_interleave(factor, 2).repeat_interleave(factor, 3)[..., :rows, :columns]
                 context = activation(convolve(state, level["enter.weight"], level["enter.bias"]))
             embedded = F.embedding(grid, as_embedding(level["embedding"])).movedim(-1, 1)
-            known = torch.zeros(rows, columns)
+            known = torch.zeros(rows, columns, device=grid.device)
             for row, column in PHASES[:phase]:
                 known[row::2, column::2] = 1
             row, column = PHASES[phase]
@@ -163,56 +163,55 @@ class PriorNetwork(nn.Module):
             for name, value in level.tensors.items():
                 name = name.replace("_", ".")
                 if name.endswith("bias"):
-                    tensors[f"{k}.{name}"] = (as_bias(value) / SUM_STEP).numpy().astype(np.int32)
+                    tensors[f"{k}.{name}"] = (as_bias(value) / SUM_STEP).cpu().numpy().astype(np.int32)
                 else:
                     rounded, step = (
                         (as_embedding(value), ACTIVATION_STEP)
                         if name == "embedding"
                         else (as_weight(value), WEIGHT_STEP)
                     )
-                    tensors[f"{k}.{name}"] = (rounded / step).numpy().astype(np.int8)
+                    tensors[f"{k}.{name}"] = (rounded / step).cpu().numpy().astype(np.int8)
         return tensors
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes prior.safetensors, as a model folder has it in prior/."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.integers(), folder / "prior.safetensors")
 
 
 @torch.no_grad()
-def codes_of_crops(vae: Any, ladder: HyperLadder, pictures: list[Any], count: int, seed: int) -> list[Tensor]:
-    """The indices of random crops, (count, rows, columns) uint8 or int16 a level."""
-    crops = photos.batches(pictures, CROP_PX, 1, seed)
+def codes_of_crops(run: Run, vae: Any, ladder: HyperLadder, count: int) -> list[Tensor]:
+    """The indices of random crops, (count, rows, columns) int16 a level."""
+    crops = Crops(run.source, random_crop, CROP_PX, run.settings.seed, count)
     found: list[list[Tensor]] = [[] for _ in ladder.levels]
-    for _ in range(count):
-        _, grids, _ = ladder.climb(vae.encode(next(crops)).latents, len(ladder.levels) - 1)
+    for position in range(count):
+        crop = crops[position]["pixels"][None].to(run.accelerator.device)
+        _, grids, _ = ladder.climb(vae.encode(crop).latents, len(ladder.levels) - 1)
         for kept, grid in zip(found, grids, strict=True):
-            kept.append(grid[0].to(torch.int16))
+            kept.append(grid[0].to("cpu", torch.int16))
     return [torch.stack(kept) for kept in found]
 
 
-def train_prior(run: Path, pictures: list[Any], minutes: float, start: Path, crops: int) -> None:
-    """Trains the prior of the model folder `start`; the codes of its crops are kept in the run's folder."""
-    from ..pipeline import PercoPipeline
+def train_prior(run: Run) -> None:
+    """Trains the prior of the run's ladder, or of the start folder's; the codes of its crops are kept.
 
-    pipeline = PercoPipeline.from_pretrained(start)
-    cache = run / "codes.pt"
-    if not cache.exists():
-        torch.save(codes_of_crops(pipeline.vae, pipeline.hyper_enc, pictures, crops, random.randrange(2**31)), cache)
-    indices = torch.load(cache, weights_only=True)
-    network = PriorNetwork(list(pipeline.hyper_enc.rate_points[-1].grids))
-    stage = Stage(run, "prior", minutes, {"prior": network}, 3e-3)
-    for _ in stage.steps():
-        chosen = torch.randint(len(indices[0]), (BATCH,))
-        bits = network.bits(
-            [grid[chosen].long() for grid in indices], random.choices(range(len(PHASES)), k=len(indices))
+    Raises TrainingError where the ladder has a codebook that is too small for a prior.
+    """
+    settings, device = run.settings.prior, run.accelerator.device
+    vae = run.begun(("joint", "autoencoder"), "vae").to(device)
+    ladder: HyperLadder = run.begun(("joint", "ladder"), "hyper_enc").to(device)
+    grids = list(ladder.rate_points[-1].grids)
+    if (smallest := min(grid.codebook_size for grid in grids)) < SMALLEST_CODEBOOK:
+        raise TrainingError(
+            f"a prior needs codebooks of at least {SMALLEST_CODEBOOK} codes, and one here has {smallest}: leave the "
+            f"stage prior out of stages"
         )
+    indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, settings.crops))
+    network = PriorNetwork(grids)
+    stage = Stage(run, "prior", {"prior": network})
+    for step in stage.steps():
+        chosen = torch.randint(len(indices[0]), (settings.batch_size,))
+        phases = stage.rng(step).choices(range(len(PHASES)), k=len(indices))
+        bits = network.bits([grid[chosen].long().to(device) for grid in indices], phases)
         stage.update(torch.stack(bits).sum(), **{f"bits{k + 1}": value for k, value in enumerate(bits)})
-
-
-def export_prior(run: Path, folder: Path) -> None:
-    """Writes the averaged weights of the prior into a model folder, as integers."""
-    from safetensors.numpy import save_file
-
-    state = torch.load(run / "prior.pt", weights_only=True)["averaged"]
-    levels = 1 + max(int(name.split(".")[2]) for name in state)
-    sizes = [len(state[f"prior.levels.{k}.tensors.embedding"]) for k in range(levels)]
-    network = PriorNetwork([Grid(1, size) for size in sizes])
-    network.load_state_dict({name.removeprefix("prior."): value for name, value in state.items()})
-    (folder / "prior").mkdir(exist_ok=True)
-    save_file(network.integers(), folder / "prior" / "prior.safetensors")
+    stage.finish(prior=stage.averaged["prior"])

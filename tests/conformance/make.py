@@ -37,6 +37,7 @@ def describe(header: Header) -> dict[str, Any]:
         "width_px": header.width_px,
         "height_px": header.height_px,
         "rate_point": header.rate_point,
+        "by_prior": header.by_prior,
         "seed": header.seed,
         "caption": header.caption,
         "exif": header.metadata.exif.hex(),

@@ -1,0 +1,325 @@
+"""Many files through one engine: reading, networks and writing overlap, and memory stays where it is.
+
+    tasks -> 2 readers -> the networks, in batches of one size -> 2 writers -> results
+                 └──────────── a budget of pixels in flight ─────────┘
+
+The queues between the threads have no bounds of their own: a reader begins a picture only when the budget has room for
+it, and the budget gets it back when the picture is written or has failed.  The networks never wait for a batch to fill:
+they take what has been read, up to engine.BATCH_PIXELS of one size (batch_networks.py).
+"""
+
+import io
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from . import files, picture_files, thumbnails
+from .batch_networks import Item, Networks, Settings, next_batch
+from .bitstream import read_header
+from .codes import Metadata
+from .conversion import Task
+from .errors import PercoError
+
+READERS = WRITERS = 2
+PIXELS_IN_FLIGHT = 48 << 20
+"""Some hundred megabytes of pictures that are read, at work, or to be written."""
+
+MAX_FILE_BYTES = 256 << 20
+"""Of a .perco file: what the plugin takes."""
+
+STOP_SECONDS = 0.5
+"""How long a file that is being written may take to be finished when the work is broken off."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a task.
+
+    size_bytes: of what was written.  width_px, height_px: of the picture.  error: why there is none.
+    """
+
+    task: Task
+    status: Literal["written", "failed"]
+    size_bytes: int = 0
+    width_px: int = 0
+    height_px: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Thumbnailed:
+    """The thumbnails of a written file are in the cache, or `error` says why not."""
+
+    path: Path
+    error: str = ""
+
+
+class _Budget:
+    """The pixels in flight.  One picture always fits, however large it is."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()
+
+    def take(self, pixels: int, stopping: threading.Event) -> None:
+        """Waits until there is room, or the work is broken off."""
+        # In turns: a large picture is not overtaken by small ones for ever.
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: stopping.is_set() or not self._taken or self._taken + pixels <= self._most)
+            self._taken += pixels
+
+    def give_back(self, pixels: int) -> None:
+        """Makes room again."""
+        with self._changed:
+            self._taken -= pixels
+            self._changed.notify_all()
+
+
+def convert(tasks: Iterable[Task], settings: Settings) -> Generator[Result | Thumbnailed, None, None]:
+    """Converts files and tells what became of each, in the order in which they are done.
+
+    A task that fails, for whatever reason, does not keep the others from being done.  Every target is written beside
+    its place and renamed; folders are made as needed; a target that is there is replaced.
+
+    `tasks` is read by another thread, as far ahead as there is room; it may wait for files to come.
+    Closing the iterator, or an interrupt while it waits, breaks the work off: no target is left half-written.
+    Raises ModelUnavailable, InvalidModel, NotEnoughMemory where the model for encoding cannot be loaded.
+    """
+    work = _Work(tasks, settings)
+    try:
+        yield from work.results()
+    finally:
+        work.stop()
+
+
+class _Work:
+    """The threads of one conversion."""
+
+    def __init__(self, tasks: Iterable[Task], settings: Settings) -> None:
+        self._tasks, self._settings = iter(tasks), settings
+        self._next_task = threading.Lock()
+        self._budget = _Budget(PIXELS_IN_FLIGHT)
+        self._stopping = threading.Event()
+        self._networks = Networks(settings)
+        self._for_networks: queue.SimpleQueue[Item | Path | None] = queue.SimpleQueue()
+        self._for_writers: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Result | Thumbnailed | BaseException | None] = queue.SimpleQueue()
+        self._writers = [self._thread(self._write_all) for _ in range(WRITERS)]
+
+    def results(self) -> Iterator[Result | Thumbnailed]:
+        """Starts the threads and gives what they have done, until all is."""
+        for thread in [*self._writers, self._thread(self._run_networks)]:
+            thread.start()
+        for _ in range(READERS):
+            self._thread(self._read_all).start()
+        while (done := self._done.get()) is not None:
+            if isinstance(done, BaseException):
+                raise done
+            yield done
+
+    def stop(self) -> None:
+        """Lets a file that is being written be finished, for a moment, and takes it back if it is not.
+
+        The networks' thread is left to itself: it ends when it is done with what it is at.
+        """
+        self._stopping.set()
+        self._budget.give_back(0)
+        self._for_networks.put(None)
+        for _ in range(WRITERS):
+            self._for_writers.put(None)
+        deadline = time.monotonic() + STOP_SECONDS
+        for writer in self._writers:
+            writer.join(max(0, deadline - time.monotonic()))
+        if any(writer.is_alive() for writer in self._writers):
+            files.discard_unfinished()
+
+    def _thread(self, act: Callable[[], None]) -> threading.Thread:
+        """A thread for `act`; what it raises, which is never the fault of one file, ends the conversion."""
+
+        def guarded() -> None:
+            try:
+                act()
+            except BaseException as error:
+                self._done.put(error)
+
+        return threading.Thread(target=guarded, daemon=True)
+
+    def _fail(self, task: Task, pixels: int, error: Exception) -> None:
+        self._budget.give_back(pixels)
+        # Pillow's plugins raise errors of many kinds for bad files, some with texts that say nothing without the kind.
+        text = (
+            str(error) if isinstance(error, OSError | ValueError | PercoError) else f"{type(error).__name__}: {error}"
+        )
+        self._done.put(Result(task, "failed", error=text or type(error).__name__))
+
+    def _read_all(self) -> None:
+        while not self._stopping.is_set():
+            with self._next_task:
+                task = next(self._tasks, None)
+            if task is None:
+                break
+            taken = 0
+
+            def take(pixels: int) -> None:
+                nonlocal taken
+                self._budget.take(pixels, self._stopping)
+                taken = pixels
+
+            try:
+                if task.problem:
+                    raise ValueError(task.problem)
+                item = (
+                    _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, self._settings, take)
+                )
+            except Exception as error:
+                self._fail(task, taken, error)
+            else:
+                self._for_networks.put(item)
+        self._for_networks.put(None)
+
+    def _run_networks(self) -> None:
+        """Batches while there are any; thumbnails of what is written when there are none."""
+        self._networks.import_engine()
+        waiting: dict[tuple[Any, ...], list[Item]] = {}
+        written: list[Path] = []
+        reading = READERS
+        while reading or waiting:
+            while reading:
+                try:
+                    news = self._for_networks.get(block=not waiting and not written)
+                except queue.Empty:
+                    break
+                if self._stopping.is_set():
+                    return
+                if news is None:
+                    reading -= 1
+                elif isinstance(news, Path):
+                    written.append(news)
+                else:
+                    waiting.setdefault(news.key, []).append(news)
+            if waiting:
+                self._run_batch(next_batch(waiting))
+            elif written:
+                self._make_thumbnails(written.pop(0))
+        for _ in range(WRITERS):
+            self._for_writers.put(None)
+        for writer in self._writers:
+            writer.join()
+        while not self._for_networks.empty():
+            news = self._for_networks.get()
+            if isinstance(news, Path):
+                written.append(news)
+        for path in written:
+            if self._stopping.is_set():
+                return
+            self._make_thumbnails(path)
+        self._done.put(None)
+
+    def _run_batch(self, batch: Sequence[Item]) -> None:
+        self._networks.load(batch[0].task.encodes)
+        try:
+            self._networks.run(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail(batch[0].task, batch[0].pixels, error)
+                return
+            # One of them may be the cause, or there was memory for fewer.
+            for item in batch:
+                self._run_batch([item])
+            return
+        for item in batch:
+            self._for_writers.put(item)
+
+    def _make_thumbnails(self, path: Path) -> None:
+        if self._networks.make_thumbnails:
+            (filled,) = thumbnails.fill_files([path], again=True)
+            self._done.put(Thumbnailed(path, filled.error))
+
+    def _write_all(self) -> None:
+        while (item := self._for_writers.get()) is not None and not self._stopping.is_set():
+            try:
+                size = self._write(item)
+            except Exception as error:
+                self._fail(item.task, item.pixels, error)
+                continue
+            self._budget.give_back(item.pixels)
+            self._done.put(Result(item.task, "written", size, *item.size))
+            if item.task.encodes:
+                self._for_networks.put(item.task.target)
+
+    def _write(self, item: Item) -> int:
+        """Writes the target, and removes the source if that is asked for.  Returns the target's bytes."""
+        target = item.task.target
+        if item.image is not None:
+            kind = picture_files.writable_kind(target.suffix)
+            assert kind is not None
+            item.data = picture_files.picture_bytes(item.image, kind, item.metadata)
+            item.image = None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_beside(target, item.data)
+        if self._settings.delete_source:
+            _check_written(item, self._networks)
+            item.task.source.unlink()
+        return len(item.data)
+
+
+def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
+    state = _state(task.source)
+    with Image.open(task.source) as opened:
+        if opened.format == "PERCO":
+            raise ValueError("this is a .perco file already, whatever its name says")
+        pixels = opened.width * opened.height
+        take(pixels)
+        photo = picture_files.read_photo(opened, settings.keep_metadata)
+    caption = settings.caption
+    if caption is None and settings.sidecars:
+        caption = picture_files.sidecar_caption(task.source)
+    size = photo.image.size
+    return Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
+
+
+def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
+    state = _state(task.source)
+    if state.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
+    data = task.source.read_bytes()
+    header = read_header(data)
+    size = header.width_px, header.height_px
+    take(size[0] * size[1])
+    metadata = header.metadata if settings.keep_metadata else Metadata()
+    key = (*size, header.model, header.rate_point)
+    return Item(task, size[0] * size[1], size, state, key, data=data, metadata=metadata)
+
+
+def _state(path: Path) -> os.stat_result:
+    """Size and times of a file.  Raises OSError unless it is a regular one: others might never end."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError("this is no file")
+    return state
+
+
+def _check_written(item: Item, networks: Networks) -> None:
+    """Reads the target back from the disk.  Raises OSError, BitstreamError unless it may take the source's place."""
+    written = item.task.target.read_bytes()
+    if written != item.data:
+        raise OSError("what was written reads differently: the source was kept")
+    if item.task.encodes:
+        networks.check(written)
+    else:
+        with Image.open(io.BytesIO(written)) as picture:
+            picture.load()
+            if picture.size != item.size:
+                raise OSError(f"the written picture has {picture.width}x{picture.height} pixels: the source was kept")
+    now = _state(item.task.source)
+    if (now.st_size, now.st_mtime_ns) != (item.state.st_size, item.state.st_mtime_ns):
+        raise OSError("the source was changed meanwhile, and was kept")

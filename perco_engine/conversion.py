@@ -1,0 +1,252 @@
+"""What a conversion of many files is to do, decided before anything is written: which files, and their new names.
+
+sources (files, globs, folders) -> Source(path, place in the tree) -> Task(source, target)
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import picture_files
+from .errors import ConversionError
+
+PERCO = ".perco"
+
+MOST_TOLD = 5
+"""How many files a message names."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to convert: to .perco if that is what the target is called, else from .perco to a picture.
+
+    problem: why it cannot be done, where that is known before.
+    """
+
+    source: Path
+    target: Path
+    problem: str = ""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether a .perco file is to be written."""
+        return is_perco(self.target)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to convert, and the name, without suffix, that it has below the destination.
+
+    scanned: found in a folder, and not named by the user.
+    """
+
+    path: Path
+    place: Path
+    scanned: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    sources: paths of files or folders, or globs.  destination: a folder; for a single file also a file.
+    to: suffix of what is written, with or without the dot; None: .perco where there are photos, else .png.
+    recursive: folders with all that is below them, the tree kept.
+    """
+
+    sources: Sequence[str]
+    destination: str
+    to: str | None = None
+    recursive: bool = False
+
+    def suffix(self) -> str | None:
+        """`to` as a suffix with its dot.  Raises ConversionError if no picture can be written so."""
+        if self.to is None:
+            return None
+        suffix = "." + self.to.lower().removeprefix(".")
+        if suffix != PERCO and picture_files.writable_kind(suffix) is None:
+            raise ConversionError(f"pictures cannot be written as {suffix}: name perco, png, jpg, webp, ...")
+        return suffix
+
+
+def is_perco(path: Path) -> bool:
+    """Whether a file is a .perco file, by its name."""
+    return path.suffix.lower() == PERCO
+
+
+def _is_picture_name(path: Path) -> bool:
+    return is_perco(path) or picture_files.writable_kind(path.suffix) is not None
+
+
+def plan(request: Request) -> list[Task]:
+    """The files to convert, in the order of their sources, each with the file to write.
+
+    Raises ConversionError where nothing is to convert, where two sources would become one file, or where a file that
+    is to be converted would be written over.  Whether targets exist is not looked at, see `existing`.
+    """
+    suffix = request.suffix()
+    single = _single_target(request, suffix)
+    if single is not None:
+        tasks = [single]
+    else:
+        destination = Path(request.destination)
+        named_like_a_file = not request.destination.endswith(("/", os.sep)) and _is_picture_name(destination)
+        if not destination.is_dir() and (destination.exists() or named_like_a_file):
+            raise ConversionError(
+                f"{told(destination)} is no folder: several files need one to go to; end a new one's name with /"
+            )
+        found = list(find(request))
+        suffix = suffix or _likely_suffix(found)
+        tasks = [
+            Task(one.path, destination / one.place.with_name(one.place.name + suffix))
+            for one in found
+            if not one.scanned or is_perco(one.path) != (suffix == PERCO)
+        ]
+    if not tasks:
+        raise ConversionError(f"nothing to convert to {suffix} in {', '.join(request.sources)}")
+    _check(tasks)
+    return tasks
+
+
+def find(request: Request) -> Iterator[Source]:
+    """The files that the sources name, sorted within each, and each once.
+
+    A folder is searched for photos and .perco files, hidden ones and what lies below the destination excepted.
+    Raises ConversionError for a glob that matches nothing.
+    """
+    kinds = picture_files.readable_suffixes() | {PERCO}
+    out, seen = Path(request.destination).resolve(), set()
+    for text in request.sources:
+        for base, path, scanned in _expand(text, request.recursive):
+            inside = out in path.resolve().parents and out not in (base.resolve(), *base.resolve().parents)
+            if scanned and (path.suffix.lower() not in kinds or inside):
+                continue
+            if path not in seen:
+                seen.add(path)
+                yield Source(path, _bare(path.relative_to(base)), scanned)
+
+
+def scan(folder: Path, recursive: bool) -> list[Path]:
+    """The files in a folder, sorted, without hidden ones; with those of all folders below it, links not followed."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return [path for path in found if path.is_file()]
+
+
+def existing(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks whose target is there already."""
+    return [task for task in tasks if os.path.lexists(task.target)]
+
+
+def told(path: str | os.PathLike[str]) -> str:
+    """A path as a line of text can hold it, whatever bytes and control characters are in its name."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def some(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """The first of these paths, and how many more there are."""
+    named = ", ".join(told(path) for path in paths[:MOST_TOLD])
+    return named if len(paths) <= MOST_TOLD else f"{named} and {len(paths) - MOST_TOLD} more"
+
+
+def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool]]:
+    """The files that one source names: the folder that their place is relative to, the file, whether it was scanned."""
+    path = Path(text)
+    if path.is_dir():
+        yield from ((path, file, True) for file in scan(path, recursive))
+    elif path.exists() or not glob.has_magic(text):
+        # A file that is not there is told with the others that fail.
+        yield path.parent, path, False
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+        if not matches:
+            raise ConversionError(f"{told(text)} matches nothing")
+        base = _base(path) if "**" in path.parts else None
+        for match in matches:
+            if match.is_dir():
+                yield from ((base or match.parent, file, True) for file in (scan(match, True) if recursive else ()))
+            else:
+                yield base or match.parent, match, False
+
+
+def _base(pattern: Path) -> Path:
+    """The part of a glob before its first wildcard."""
+    plain = []
+    for part in pattern.parts:
+        if glob.has_magic(part):
+            break
+        plain.append(part)
+    return Path(*plain)
+
+
+def _bare(path: Path) -> Path:
+    """The path without the suffixes of pictures: a.jpg and a.jpg.perco are both a picture called a."""
+    kinds = picture_files.readable_suffixes() | {PERCO}
+    first = path.with_suffix("")
+    while first.suffix.lower() in kinds:
+        first = first.with_suffix("")
+    return first
+
+
+def _single_target(request: Request, suffix: str | None) -> Task | None:
+    """The task where one file is to become one file of a name that is given, else None."""
+    destination = Path(request.destination)
+    if len(request.sources) != 1 or request.destination.endswith(("/", os.sep)) or destination.is_dir():
+        return None
+    source = Path(request.sources[0])
+    if source.is_dir() or (glob.has_magic(request.sources[0]) and not source.exists()) or not destination.suffix:
+        return None
+    kind = destination.suffix.lower()
+    if not _is_picture_name(destination):
+        raise ConversionError(
+            f"{told(destination)}: no picture format can be written under this name; try .png, or end the name of a "
+            f"folder with /"
+        )
+    if suffix is not None and suffix != kind:
+        raise ConversionError(f"{told(destination)} is to be written, and {suffix} is asked for: name one of them")
+    return Task(source, destination)
+
+
+def _likely_suffix(found: Sequence[Source]) -> str:
+    """.perco where there is a photo; .png where there are .perco files only."""
+    photos = [one for one in found if not is_perco(one.path)]
+    if photos and any(is_perco(one.path) and not one.scanned for one in found):
+        raise ConversionError("there are photos and .perco files among the sources: say which to make, with --to")
+    return PERCO if photos or not found else ".png"
+
+
+def _check(tasks: Sequence[Task]) -> None:
+    """Raises ConversionError where tasks stand in each other's way, or are none of ours."""
+    for task in tasks:
+        if task.encodes and is_perco(task.source):
+            raise ConversionError(f"{told(task.source)} is a .perco file already")
+        if not task.encodes and not is_perco(task.source):
+            raise ConversionError(
+                f"{told(task.source)} to {told(task.target.name)}: one of the two has to be a .perco file"
+            )
+    sources = {_identity(task.source): task.source for task in tasks}
+    targets: dict[str, Task] = {}
+    clashes = []
+    for task in tasks:
+        target = _identity(task.target)
+        if target in sources:
+            raise ConversionError(f"{told(sources[target])} is to be converted and would be written over")
+        other = targets.setdefault(target, task)
+        if other is not task:
+            clashes.append(f"{told(other.source)} and {told(task.source)} (both {told(task.target)})")
+    if clashes:
+        more = f" and {len(clashes) - MOST_TOLD} more such pairs" if len(clashes) > MOST_TOLD else ""
+        raise ConversionError(
+            f"these would become one file: {'; '.join(clashes[:MOST_TOLD])}{more}. Rename one of them, or convert "
+            f"them to different folders"
+        )
+
+
+def _identity(path: Path) -> str:
+    """The same for two names of one file, there or not."""
+    return os.path.normcase(path.resolve())

@@ -1,0 +1,161 @@
+"""The embedded model's shortest way to a picture, in numpy: the ladder's decoder and the autoencoder's linear half.
+
+    indices ─> [ level 1 ] ─> estimate ─> [ level 2 ] ─> ... ─> latents ─> linear synthesis ─> small picture
+
+What models/ladder.py and models/autoencoder.py compute in torch, on the same weights in the same model folder: equal to
+`PercoPipeline.decode_preview` up to rounding.  All arrays are (rows, columns, channels) float32.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from .convolution import Array, as_matrix, convolve, interpolate, pad, pool, repeat, shuffle, silu
+from .errors import InvalidModel
+
+PATCH = 8
+"""Pixels a side of one latent."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+Take = Callable[[str], NDArray[Any]]
+
+
+class Level:
+    """One rung of the ladder, as LadderLevel.decode; its weights are read when they are first needed.
+
+    take: gives a tensor by its name in the level.  halvings: log2 of how many latents a side one index stands for.
+    """
+
+    def __init__(self, take: Take, halvings: int) -> None:
+        self.halvings = halvings
+        self._take = take
+        self.codes: Array = (take("quantizer._codebook.embed")[0] / take("metric").reshape(-1)).astype(np.float32)
+        self._matrices: dict[str, tuple[Array, Array]] = {}
+
+    def _convolve(self, name: str, x: Array) -> Array:
+        if name not in self._matrices:
+            bias = self._take(f"{name}.bias").astype(np.float32)
+            self._matrices[name] = as_matrix(self._take(f"{name}.weight")), bias
+        return convolve(pad(x), *self._matrices[name])
+
+    def _block(self, name: str, x: Array) -> Array:
+        """A ResidualBlock, in x's own memory."""
+        x += self._convolve(f"{name}.conv2", silu(self._convolve(f"{name}.conv1", silu(x.copy()))))
+        return x
+
+    def linear(self, indices: NDArray[np.integer], rows: int, columns: int) -> Array:
+        """What codes of this level, (r, c), change by its linear part alone: (rows, columns, channels)."""
+        codes = self.codes[indices]
+        return interpolate(codes, 1 << self.halvings, rows, columns) if self.halvings else codes
+
+    def decode(self, indices: NDArray[np.integer], estimate: Array) -> Array:
+        """The better estimate of the latents (rows, columns, channels), from codes (r, c) and the estimate before."""
+        rows, columns, _ = estimate.shape
+        x = np.concatenate([self.codes[indices], pool(estimate, self.halvings)], 2)
+        x = self._block("grow.0", self._convolve("enter", x))
+        for k in range(self.halvings):
+            left = self.halvings - 1 - k
+            x = repeat(x, -(-rows >> left), -(-columns >> left))
+            x = self._block(f"grow.{k + 1}", self._convolve(f"smooth.{k}", x))
+        x = silu(self._convolve("leave.0", np.concatenate([x, estimate], 2)))
+        return estimate + self.linear(indices, rows, columns) + self._convolve("leave.2", x)
+
+
+class PreviewNetworks:
+    """What a preview needs of a model folder of the embedded model's kind.
+
+    Raises InvalidModel where the folder lacks something of it, OSError where it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            config = json.loads((folder / "hyper_enc" / "config.json").read_text(encoding="utf-8"))
+            self.grids: list[tuple[int, int]] = [(int(pixels), int(size)) for pixels, size in config["grids"]]
+            hyper_enc: Any = safe_open(folder / "hyper_enc" / WEIGHTS, "numpy")
+            vae: Any = safe_open(folder / "vae" / WEIGHTS, "numpy")
+            self._weight = vae.get_tensor("synthesis.weight").astype(np.float32)
+            self._bias = vae.get_tensor("synthesis.bias").astype(np.float32)
+            self._take: Take = hyper_enc.get_tensor
+            self._levels: dict[int, Level] = {}
+            self._level(0)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InvalidModel(f"{folder} is no model that a preview can be made with: {error}") from error
+
+    def _level(self, k: int) -> Level:
+        if k not in self._levels:
+            halvings = (self.grids[k][0] // PATCH).bit_length() - 1
+            self._levels[k] = Level(lambda name: self._take(f"levels.{k}.{name}"), halvings)
+        return self._levels[k]
+
+    def multiplications(self, level: int) -> int:
+        """About how many multiplications the networks of a level take for each latent."""
+        width = int(self._take(f"levels.{level}.enter.bias").shape[0])
+        coarser = sum(3 / 4**k for k in range(1, self._level(level).halvings + 1))
+        return int(9 * width**2 * (4.5 + coarser))
+
+    @property
+    def background(self) -> Array:
+        """The colour of latents of zero: (3,), about 0..1."""
+        colour: Array = self._bias.reshape(3, -1).mean(1) / 2 + np.float32(0.5)
+        return colour
+
+    def colours(self, level: int) -> Array:
+        """What each code of a level changes the mean colour of its cell by, by its linear part alone: (codes, 3)."""
+        to_colour = self._weight.reshape(3, -1, *self._weight.shape[1:]).mean(1).sum((2, 3))
+        change: Array = self._level(level).codes @ to_colour.T / 2
+        return change
+
+    def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int) -> Array:
+        """The estimate of the latents (rows, columns, channels) that grids of codes, (r, c) for each level, give."""
+        estimate = np.zeros((rows, columns, self._weight.shape[1]), np.float32)
+        for k, grid in enumerate(indices):
+            estimate = self._level(k).decode(grid, estimate)
+        return estimate
+
+    def synthesis(self, latents: Array, reduction: int) -> Array:
+        """Latents to pixels (rows * 8/reduction, columns * 8/reduction, 3), about -1..1, by the linear map alone."""
+        side = PATCH // reduction
+        weight = self._weight.reshape(3, side, reduction, side, reduction, *self._weight.shape[1:]).mean((2, 4))
+        bias = self._bias.reshape(3, side, reduction, side, reduction).mean((2, 4)).reshape(-1)
+        matrix = as_matrix(weight.reshape(-1, *self._weight.shape[1:]))
+        return shuffle(convolve(pad(latents, "edge"), matrix, bias), side)
+
+    def decode(self, indices: Sequence[NDArray[np.integer]], height_px: int, width_px: int, reduction: int) -> Array:
+        """Indices, a grid (r, c) for each level, to a small picture by the shortest way; 2.5 kB of memory a latent.
+
+        reduction: 1, 2, 4 or 8.  Returns (ceil(height/reduction), ceil(width/reduction), 3), about 0..1.
+        """
+        rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
+        picture = self.synthesis(self.latents(indices, rows, columns), reduction)
+        picture *= np.float32(0.5)
+        picture += np.float32(0.5)
+        return picture[: -(-height_px // reduction), : -(-width_px // reduction)]
+
+
+def export(folder: Path, target: Path) -> None:
+    """Writes of a model folder what previews need, as a folder that PreviewNetworks reads.
+
+    Raises InvalidModel for a folder of another kind, OSError.
+    """
+    PreviewNetworks(folder)
+    for part, needed in (("hyper_enc", _is_decoders), ("vae", lambda name: name.startswith("synthesis."))):
+        (target / part).mkdir(parents=True)
+        weights = load_file(folder / part / WEIGHTS)
+        save_file({name: value for name, value in weights.items() if needed(name)}, target / part / WEIGHTS)
+        shutil.copyfile(folder / part / "config.json", target / part / "config.json")
+    shutil.copyfile(folder / "model_index.json", target / "model_index.json")
+    if (folder / "prior").is_dir():
+        shutil.copytree(folder / "prior", target / "prior")
+
+
+def _is_decoders(name: str) -> bool:
+    """Whether a tensor of a ladder is one that its decoder needs."""
+    return ".encoder." not in name and not name.endswith(("cluster_size", "embed_avg", "initted"))

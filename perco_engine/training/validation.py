@@ -1,0 +1,110 @@
+"""Photos that are coded while training: what they look like, and what they lose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InvalidSettings
+from ..pipeline import PercoPipeline
+from ..prompts import embed
+from .captions import Captioned
+from .journal import Journal
+from .objective import PercoObjective, draw
+from .photos import middle, to_tensor
+from .settings import FolderData, PercoSd, WebdatasetData
+from .settings import Validation as When
+from .sources import UNREADABLE, open_source
+
+LEVELS = 8
+"""Draws of noise, spread over its levels, that the loss of a photo is the mean of."""
+
+
+class Validation:
+    """A few photos, the same each time, with the same noise.
+
+    photos: squares of the size that is trained on.
+    """
+
+    def __init__(self, when: When, photos: list[Image.Image], captions: list[str]) -> None:
+        self.when, self.photos, self.captions = when, photos, captions
+
+    @classmethod
+    def of(cls, settings: PercoSd, captions: Captioned) -> Validation | None:
+        """The first readable photos of the folder, or of the held-out ones.  Raises InvalidSettings without any."""
+        when = settings.validation
+        if when is None:
+            return None
+        if when.folder is not None:
+            source = open_source(FolderData(source="folder", folder=when.folder), "train")
+        else:
+            assert not isinstance(settings.data, WebdatasetData)  # which needs a folder: settings.contradictions
+            try:
+                source = open_source(settings.data, "held-out")
+            except InvalidSettings as error:
+                raise InvalidSettings(f"validation: {error}; or name another folder in validation.folder") from error
+        photos, told = list[Image.Image](), list[str]()
+        for number, name in enumerate(source.names):
+            if len(photos) == when.photos:
+                break
+            try:
+                photos.append(middle(source.read(number), settings.resolution))
+            except UNREADABLE:
+                continue
+            told += captions([name], [source.sidecar(number)], to_tensor(photos[-1])[None])
+        if not photos:
+            raise InvalidSettings("validation: none of the photos can be read")
+        return cls(when, photos, told)
+
+    @torch.no_grad()
+    def run(
+        self, pipeline: PercoPipeline, objective: PercoObjective, averaged: EMAModel | None,
+        weights: list[nn.Parameter], accelerator: Any, journal: Journal, step: int,
+    ) -> None:  # fmt: skip
+        """Codes the photos with the averaged weights, if there are any, and tells of it.  Leaves no trace."""
+        if averaged is not None:
+            averaged.store(weights)
+            averaged.copy_to(weights)
+        objective.eval()
+        try:
+            with accelerator.autocast():
+                pictures = [self._coded(pipeline, k) for k in range(len(self.photos))]
+                losses = [self._loss(pipeline, objective, k, accelerator.device) for k in range(len(self.photos))]
+        finally:
+            objective.train()
+            if averaged is not None:
+                averaged.restore(weights)
+        originals = [np.asarray(photo) for photo in self.photos]
+        errors = [np.square(one.astype(float) - other).mean() for one, other in zip(pictures, originals, strict=True)]
+        psnr = float(np.mean([10 * np.log10(255**2 / max(error, 1e-9)) for error in errors]))
+        journal.write(step, {"psnr": psnr, "diffusion": float(np.mean(losses))}, "validation")
+        sides = (np.concatenate(pair, axis=1) for pair in zip(originals, pictures, strict=True))
+        journal.images(step, {f"validation/{k}": side for k, side in enumerate(sides)})
+
+    def _coded(self, pipeline: PercoPipeline, number: int) -> np.ndarray:
+        """A photo, encoded and decoded."""
+        photo = self.photos[number]
+        indices = pipeline.encode_image(to_tensor(photo)[None])
+        (picture,) = pipeline.decode_indices(
+            indices, photo.height, photo.width, prompt=self.captions[number],
+            num_inference_steps=self.when.inference_steps, guidance_scale=self.when.guidance_scale,
+            generator=torch.Generator().manual_seed(number),
+        )  # fmt: skip
+        return np.asarray(picture)
+
+    def _loss(self, pipeline: PercoPipeline, objective: PercoObjective, number: int, device: torch.device) -> float:
+        """A photo's denoising error, the mean over noise levels that are the same each time."""
+        pixels = to_tensor(self.photos[number])[None].to(device).repeat(LEVELS, 1, 1, 1)
+        latents = pipeline.encode_latents(pixels).float()
+        draws = draw([number * LEVELS + k for k in range(LEVELS)], latents.shape[1:])
+        draws.level.copy_((torch.arange(LEVELS) + 0.5) / LEVELS)
+        text: Tensor | None = None
+        if pipeline.text_encoder is not None:
+            text = embed(pipeline.text_encoder, pipeline.tokenizer, [self.captions[number]] * LEVELS, device).float()
+        _, figures = objective(latents, text, draws.to(device), pixels)
+        return float(figures["diffusion"])

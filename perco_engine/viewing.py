@@ -1,0 +1,96 @@
+"""A .perco file shown: decoded once, kept as a PNG in a private folder, and opened in the user's own viewer."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import platformdirs
+from PIL import Image
+
+from . import files, picture_files, service
+from .bitstream import read_header
+from .version import __version__
+
+KEPT_BYTES = 256 << 20
+"""Of pictures in the folder: older ones are removed when it holds more."""
+
+
+def folder() -> Path:
+    """Where decoded pictures are kept, for this user alone: in the user's cache, or runtime folder if there is none."""
+    kept = Path(platformdirs.user_cache_dir("pillow-perco", appauthor=False)) / "view"
+    try:
+        files.make_private(kept)
+        if os.access(kept, os.W_OK):
+            return kept
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="perco-view-"))
+
+
+def decoded(file: Path, **options: object) -> Path:
+    """The PNG of what a .perco file holds: the one that is kept, or a new one, decoded by the warm engine.
+
+    options: steps, guidance_scale, seed, model; None: the file's and the model's.
+    Raises OSError, PercoError.
+    """
+    data = file.read_bytes()
+    read_header(data)
+    told = repr((__version__, sorted(options.items()))).encode()
+    kept = folder() / hashlib.sha256(told + data).hexdigest()[:24]
+    # The viewer shows the name; a very long one leaves no room for .png.
+    name = os.fsdecode(os.fsencode(file.stem)[:200]) + ".png"
+    place = kept / name
+    if not place.is_file():
+        picture = decode(data, **options)
+        _make_room(kept.parent)
+        files.make_private(kept)
+        files.write_beside(place, picture_files.picture_bytes(picture, "PNG"), mode=0o600, sync=False)
+    os.utime(kept)
+    return place
+
+
+def decode(data: bytes, **options: object) -> Image.Image:
+    """The picture in the bytes of a file, by the warm engine, or by one of this process where there is none."""
+    try:
+        picture = service.decode(data, start_it=True, **options)  # type: ignore[arg-type]
+    except OSError:
+        picture = None
+    if picture is not None:
+        return picture
+    from . import weights
+    from .engine import get_engine_for
+
+    chosen = {name: value for name, value in options.items() if name != "model"}
+    if (model := options.get("model")) is not None:
+        weights.find(str(model))
+    header = read_header(data)
+    engine = get_engine_for(header.model, rate_point=header.rate_point)
+    return engine.decode(data, **chosen)  # type: ignore[arg-type]
+
+
+def open_in_viewer(picture: Path) -> None:
+    """Opens a picture in the program that the user has chosen for its kind.  Raises OSError where that fails."""
+    if sys.platform == "win32":
+        os.startfile(picture)
+        return
+    opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    if opener is None:
+        raise OSError("there is no xdg-open here (package xdg-utils): perco view --terminal shows it in the terminal")
+    run = subprocess.run([opener, picture], capture_output=True, text=True, check=False)
+    if run.returncode:
+        said = run.stderr.strip().splitlines()[-1:] or [f"it ended with {run.returncode}"]
+        raise OSError(f"{opener} opened no viewer ({said[0]}): perco view --terminal shows it in the terminal")
+
+
+def _make_room(kept: Path) -> None:
+    """Removes the pictures that were shown longest ago, until KEPT_BYTES hold the rest."""
+    found = sorted((one for one in kept.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime, reverse=True)
+    total = 0
+    for one in found:
+        total += sum(file.stat().st_size for file in one.iterdir())
+        if total > KEPT_BYTES:
+            shutil.rmtree(one, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""`perco convert`: many files, in both directions."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from perco_engine import conversion
+from perco_engine.conversion import Request, Task, told
+from perco_engine.errors import ConversionError
+
+from .progress import Progress
+
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+ENCODING = {"bpp": "--bpp", "max_bytes": "--max-bytes", "caption": "--caption", "captioner": "--captioner"}
+DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
+
+
+@click.command()
+@click.argument("sources", nargs=-1, metavar="[SRC]...")
+@click.argument("destination", metavar="DST")
+@click.option("--to", metavar="FORMAT", help="perco, png, jpg, ...  [default: perco; png if all are .perco files]")
+@click.option("-r", "--recursive", is_flag=True, help="Folders with all that is below them; the tree is kept.")
+@click.option(
+    "--watch",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False),
+    help="Convert what is or comes there, until Ctrl-C.",
+)
+@click.option("--skip-existing", "existing", flag_value="skip", help="Leave files alone that are there already.")
+@click.option("--overwrite", "existing", flag_value="overwrite", help="Replace files that are there already.")
+@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@click.option(
+    "--bpp", type=click.FloatRange(0, min_open=True), help="To .perco: nominal bits a pixel.  [default: 0.03]"
+)
+@click.option("--max-bytes", type=click.IntRange(1), help="To .perco: hard limit on every file; the best that fits.")
+@click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
+@click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
+@click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
+@click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
+@click.option(
+    "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Of the noise that decoding starts from.")
+@click.option("--keep-metadata", is_flag=True, help="Take EXIF and XMP along.")
+@click.option("--delete-source", is_flag=True, help="Remove each source once its written file was read back.")
+@click.option(
+    "--thumbnails/--no-thumbnails",
+    default=None,
+    help="Put .perco files into the desktop's thumbnail cache.  [default: yes, if the model decodes in one step]",
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Tell what would be done, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line: one for every file, then a summary.")
+@click.option("-q", "--quiet", is_flag=True, help="Tell failures only.")
+def convert(
+    sources: tuple[str, ...], destination: str, to: str | None, recursive: bool, watch: str | None,
+    existing: str | None, dry_run: bool, as_json: bool, quiet: bool, no_sidecars: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Convert photos to .perco files, or .perco files to pictures.
+
+    SRC are files, folders and globs; DST is a folder, or for a single SRC also a file, whose name then says the format.
+    A file that fails does not stop the others, and is told at the end.  To go on after a break, say it again with
+    --skip-existing: files are there whole or not at all.
+
+    Exit codes: 0 all is well, 1 something failed, 2 the request makes no sense and nothing was written, 130
+    interrupted (143 terminated).
+    """
+    if (watch is None) == (not sources):
+        raise click.UsageError("name the files to convert, or a folder to --watch, and where they are to go")
+    if watch is not None and dry_run:
+        raise click.UsageError("--watch and --dry-run exclude each other")
+    request = Request([watch] if watch is not None else sources, destination, to, recursive)
+    try:
+        if watch is None:
+            tasks, skipped = _planned(request, existing)
+            encodes = any(task.encodes for task in (*tasks, *skipped))
+        else:
+            encodes = (request.suffix() or conversion.PERCO) == conversion.PERCO
+    except ConversionError as error:
+        raise click.UsageError(str(error)) from error
+    for name, option in (DECODING if encodes else ENCODING).items():
+        if settings[name] is not None:
+            raise click.UsageError(f"{option} is of the other direction: {'to' if encodes else 'from'} .perco it is")
+    report = _Report(as_json, quiet, total=None if watch is not None else len(tasks))
+    if watch is None:
+        for task in skipped:
+            report.tell(task, "skipped")
+    if dry_run:
+        for task in tasks:
+            report.tell(task, "planned")
+        report.end()
+        return
+    from perco_engine.batch import Result
+    from perco_engine.batch import convert as converted
+    from perco_engine.batch_networks import Settings
+    from perco_engine.watch import watch as watched
+
+    work = tasks if watch is None else watched(request, existing == "overwrite")
+    results = converted(work, Settings(sidecars=not no_sidecars, **settings))
+    with _stoppable(report), report.progress, closing(results):
+        for done in results:
+            if isinstance(done, Result):
+                size = done.width_px, done.height_px
+                report.tell(done.task, done.status, done.size_bytes, size, done.error)
+            else:
+                report.thumbnailed(done.path)
+    report.end()
+    if report.failures:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _planned(request: Request, existing: str | None) -> tuple[list[Task], list[Task]]:
+    """The tasks to do, and those to skip.  Raises ConversionError where targets are there unasked for."""
+    tasks = conversion.plan(request)
+    there = [] if existing == "overwrite" else conversion.existing(tasks)
+    if there and existing is None:
+        raise ConversionError(
+            f"{len(there)} of {len(tasks)} files to write are there already "
+            f"({conversion.some([task.target for task in there])}): say --skip-existing to go on, or --overwrite"
+        )
+    return [task for task in tasks if task not in set(there)], there
+
+
+@dataclass
+class _Report:
+    """What is told while files are converted, and at the end."""
+
+    as_json: bool
+    quiet: bool
+    total: int | None
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        shown = not (self.as_json or self.quiet) and sys.stderr.isatty()
+        self._bar = Progress(self.total) if shown else None
+
+    @property
+    def progress(self) -> AbstractContextManager[Any]:
+        """The progress that is shown meanwhile, if any."""
+        return self._bar or nullcontext()
+
+    def tell(
+        self, task: Task, status: str, size_bytes: int = 0, size_px: tuple[int, int] = (0, 0), error: str = ""
+    ) -> None:
+        """What became of a file."""
+        self.counts[status] += 1
+        self.size_bytes += size_bytes
+        if error:
+            self.failures.append(told(f"{told(task.source)}: {error}"))
+            if self.total is None and not self.as_json:
+                click.echo(self.failures[-1], err=True)
+        if self._bar is not None and status != "skipped":
+            self._bar.advance(told(task.source))
+        if self.as_json:
+            line: dict[str, str | int] = {"source": str(task.source), "target": str(task.target), "status": status}
+            if status == "written":
+                line |= {"bytes": size_bytes, "width": size_px[0], "height": size_px[1]}
+            click.echo(json.dumps(line | ({"error": error} if error else {})))
+        elif status == "planned" and not self.quiet:
+            click.echo(f"{told(task.source)} -> {told(task.target)}")
+        elif self.total is None and status == "written" and not self.quiet and self._bar is None:
+            click.echo(f"{told(task.target)}: {size_bytes} bytes")
+
+    def thumbnailed(self, path: Path) -> None:
+        """A file's thumbnails are in the cache; that they are not is no failure of the conversion."""
+        if self._bar is not None:
+            self._bar.thumbnailed(told(path))
+
+    def end(self) -> None:
+        """The sum of it, and every failure."""
+        if self.as_json:
+            counts = {name: self.counts[name] for name in ("written", "skipped", "failed", "planned")}
+            seconds = round(time.monotonic() - self.start, 3)
+            click.echo(json.dumps({"summary": {**counts, "bytes": self.size_bytes, "seconds": seconds}}))
+        elif not self.quiet:
+            parts = [f"{self.counts[name]} {name}" for name in ("written", "planned", "skipped", "failed")]
+            said = ", ".join(part for part in parts if not part.startswith("0 "))
+            click.echo(f"{said or 'nothing to do'}{f'; {self.size_bytes:,} bytes' if self.counts['written'] else ''}")
+        if self.total is not None and not self.as_json:
+            for failure in self.failures:
+                click.echo(failure, err=True)
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextmanager
+def _stoppable(report: _Report) -> Iterator[None]:
+    """Ends the process at SIGINT and SIGTERM: in order, and without waiting for the networks.
+
+    Also where a script has started it in the background, with SIGINT ignored.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        report.end()
+        if not report.quiet:
+            click.echo("stopped; to go on, say it again with --skip-existing", err=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else EXIT_TERMINATED)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])

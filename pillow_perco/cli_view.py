@@ -1,0 +1,68 @@
+"""`perco view` and `perco service`."""
+
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from perco_engine import service as warm
+from perco_engine.terminal import PROTOCOLS, Protocol
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--terminal", "in_terminal", is_flag=True, help="Show it here, in the terminal.")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), help="For the terminal.  [default: what it says it can]")
+@click.option("--width", type=click.IntRange(1), help="For the terminal: columns.  [default: all]")
+@click.option("--steps", type=click.IntRange(0), help="Denoising steps.")
+@click.option("--seed", type=click.IntRange(0), help="Another seed than the file's.")
+@click.option("--model", help="The folder of the file's model, if it is not a registered one.")
+def view(
+    file: Path, in_terminal: bool, protocol: Protocol | None, width: int | None, steps: int | None, seed: int | None,
+    model: str | None,
+) -> None:  # fmt: skip
+    """Show what a .perco file holds, in your picture viewer or in the terminal."""
+    from PIL import Image
+
+    from perco_engine import terminal, viewing
+
+    picture = viewing.decoded(file, steps=steps, seed=seed, model=model)
+    if not (in_terminal or protocol or width):
+        viewing.open_in_viewer(picture)
+        return
+    columns, rows = shutil.get_terminal_size()
+    true_colour = os.environ.get("COLORTERM", "truecolor") in ("truecolor", "24bit")
+    with Image.open(picture) as image:
+        text = terminal.render(image, protocol or terminal.detect(), width or columns, max(1, rows - 1), true_colour)
+    click.echo(text, nl=False, color=True)
+
+
+@click.group()
+def service() -> None:
+    """The warm engine that short commands share: it starts when one needs it, and ends when none does."""
+
+
+@service.command()
+@click.option("--idle", default=warm.IDLE_SECONDS, show_default=True, help="Seconds without work until it ends.")
+def start(idle: float) -> None:
+    """Start it, unless it runs."""
+    click.echo(f"running, process {warm.start(idle)['pid']}")
+
+
+@service.command()
+def stop() -> None:
+    """Stop it."""
+    click.echo("stopped" if warm.stop() else "it was not running")
+
+
+@service.command()
+def status() -> None:
+    """Tell whether it runs; exit code 1 if not."""
+    found = warm.status()
+    if found is None:
+        click.echo("not running")
+        raise click.exceptions.Exit(1)
+    for name, value in found.items():
+        if name != "ok":
+            click.echo(f"{name.replace('_', ' '):<20} {value}")

@@ -1,0 +1,185 @@
+"""Whether each desktop point would really work, and the command that mends what would not."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from perco_engine.thumbnails import cache_folder
+
+from . import install, points
+from .manifest import Manifest
+from .points import Place
+
+INSTALL, INSTALL_SYSTEM = "perco desktop install", "sudo perco desktop install --system"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was found, and the command that mends it ("" where nothing is wrong)."""
+
+    name: str
+    found: str
+    mend: str = ""
+
+    @property
+    def line(self) -> str:
+        """As it is printed."""
+        return f"{self.name:<24} {self.found}" + (f": {self.mend}" if self.mend else "")
+
+
+def findings() -> Iterator[Finding]:
+    """Everything about the desktop, for this user and the system."""
+    try:
+        user: Place | None = points.user_place()
+    except OSError as error:
+        user = None
+        yield Finding("desktop, this user", str(error))
+    system = points.system_place()
+    installed = [place for place in (user, system) if place is not None and place.manifest.exists()]
+    for place in (user, system):
+        if place is not None:
+            yield from _files(place, wanted=place in installed or (not installed and place is user))
+    if not installed:
+        return
+    yield from _database(installed)
+    yield from _helper(installed, user)
+    yield from _failures()
+
+
+def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
+    """Whether what was installed is there, and current."""
+    name, mend = ("desktop, system", INSTALL_SYSTEM) if place.is_system else ("desktop, this user", INSTALL)
+    if not place.manifest.exists():
+        yield Finding(name, "not installed", mend if wanted else "")
+        return
+    try:
+        manifest = Manifest.read(place.manifest)
+    except ValueError as error:
+        yield Finding(name, str(error), mend)
+        return
+    menu = install.thunar_file(place)
+    changed = [path for path in map(Path, manifest.written) if path != menu and not manifest.is_ours(path)]
+    current = points.files(place)
+    old = [path for path, (data, _) in current.items() if path not in changed and _read(path) != data]
+    if changed:
+        yield Finding(name, f"{len(changed)} files were changed or removed ({changed[0].name}, ...)", mend)
+    elif old:
+        yield Finding(name, f"installed by another release or environment ({old[0].name} differs)", mend)
+    else:
+        yield Finding(name, f"installed, {len(manifest.written)} files")
+    if menu.exists() and "<unique-id>pillow-perco-" not in menu.read_text(encoding="utf-8", errors="replace"):
+        yield Finding("menu of Thunar", f"our entries are not in {menu}", mend)
+    if not Path(place.perco[0]).exists():
+        yield Finding("menu entries", f"{place.perco[0]}, which they run, is not there", mend)
+    elif place.is_system and (secret := _unreadable(Path(place.perco[0]))):
+        yield Finding("menu entries", f"other users cannot run {place.perco[0]}: {secret} is closed to them")
+
+
+def _database(installed: list[Place]) -> Iterator[Finding]:
+    """Whether a file is known by its bytes and its name."""
+    mend = INSTALL_SYSTEM if installed[0].is_system else INSTALL
+    caches = [place.data / "mime" / "mime.cache" for place in installed]
+    if any(b"image/x-perco" in (_read(cache) or b"") for cache in caches):
+        yield Finding("MIME database", "knows image/x-perco")
+    elif shutil.which(install.MIME_DATABASE) is None:
+        yield Finding("MIME database", f"{install.MIME_DATABASE} is missing: install shared-mime-info, then", mend)
+    else:
+        yield Finding("MIME database", "does not know image/x-perco", mend)
+
+
+def thumbnailer_of(place: Place) -> Path | None:
+    """The helper that the installed .thumbnailer file names."""
+    text = _read(place.data / "thumbnailers" / "pillow-perco.thumbnailer")
+    for line in (text or b"").decode(errors="replace").splitlines():
+        if line.startswith("TryExec="):
+            return Path(line.removeprefix("TryExec=").strip("'"))
+    return None
+
+
+def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
+    """Whether file managers can run the thumbnailer, GNOME's sandbox included."""
+    for place in installed:
+        helper = thumbnailer_of(place)
+        mend = INSTALL_SYSTEM if place.is_system else INSTALL
+        name = "thumbnailer, system" if place.is_system else "thumbnailer, this user"
+        if helper is None:
+            yield Finding(name, "no .thumbnailer file", mend)
+        elif not helper.exists():
+            yield Finding(name, f"{helper} is not there", mend)
+        elif run := _does_not_run(helper):
+            yield Finding(name, f"{helper} does not run ({run})", mend)
+        elif not seen_by_sandbox(helper):
+            yield Finding(name, f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME", INSTALL_SYSTEM)
+        else:
+            yield Finding(name, f"{helper} runs, in GNOME's sandbox too" + _sandboxed(helper))
+
+
+def seen_by_sandbox(helper: Path) -> bool:
+    """Whether a program, what it is a link to, and its interpreter lie under /usr."""
+    files = [helper, helper.resolve()]
+    with helper.open("rb") as file:
+        first = file.readline(256)
+    if first.startswith(b"#!"):
+        interpreter = Path(first[2:].split()[0].decode(errors="replace"))
+        files += [interpreter, interpreter.resolve()]
+    return all(path.is_relative_to("/usr") or path.is_relative_to("/bin") for path in files)
+
+
+def _does_not_run(helper: Path) -> str:
+    """Why a helper does not run; "" if it does."""
+    return _outcome([str(helper), "--version"])
+
+
+def _sandboxed(helper: Path) -> str:
+    """What trying it in such a sandbox shows, where bubblewrap is at hand."""
+    if shutil.which("bwrap") is None:
+        return " (not tried: bwrap is not installed)"
+    links = [arg for name in ("bin", "lib", "lib64", "sbin") for arg in ("--symlink", f"usr/{name}", f"/{name}")]
+    command = ["bwrap", "--ro-bind", "/usr", "/usr", *links, "--proc", "/proc", "--dev", "/dev", "--unshare-all"]
+    failed = _outcome([*command, "--setenv", "PATH", "/usr/bin", str(helper), "--version"])
+    return f" (by its place; trying it failed here: {failed})" if failed else " (tried)"
+
+
+def _outcome(command: list[str]) -> str:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
+
+
+def _failures() -> Iterator[Finding]:
+    """Whether failures of before keep file managers from trying again."""
+    folder = cache_folder()
+    stale = (
+        [entry for entry in (folder / "fail").glob("*/*.png") if install.is_failure_of_ours(entry)] if folder else []
+    )
+    if stale:
+        yield Finding("thumbnail cache", f"{len(stale)} failures are noted, and not tried again", INSTALL)
+    else:
+        yield Finding("thumbnail cache", "no failures noted")
+
+
+def advice(place: Place) -> Iterator[str]:
+    """What a user should know after an installation."""
+    helper = thumbnailer_of(place)
+    if helper is not None and helper.exists() and not seen_by_sandbox(helper):
+        yield f"GNOME runs thumbnailers in a sandbox that does not see {helper}. For GNOME: {INSTALL_SYSTEM}"
+    yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q)."
+
+
+def _unreadable(path: Path) -> Path | None:
+    """The first folder above a file, or the file, that other users cannot use."""
+    for one in (*reversed(path.parents), path):
+        if one.exists() and not one.stat().st_mode & 0o001:
+            return one
+    return None
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

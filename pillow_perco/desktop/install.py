@@ -1,0 +1,175 @@
+"""Installing and uninstalling the desktop points."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from perco_engine.files import write_beside
+from perco_engine.thumbnails import cache_folder
+from perco_engine.version import __version__
+
+from . import points, system, thunar
+from .manifest import Manifest, content
+from .points import Place
+
+MIME_DATABASE = "update-mime-database"
+DESKTOP_DATABASE = "update-desktop-database"
+
+
+def install(place: Place) -> Iterator[str]:
+    """Installs or refreshes every point, and tells what was done, a line each.
+
+    Raises OSError where something cannot be written, ValueError where a file of the user's cannot be merged into.
+    """
+    manifest = Manifest.read(place.manifest)
+    manifest.version = __version__
+    manifest.make_folder(place.state)
+    if place.is_system:
+        yield from system.install(place, manifest)
+    for path, (data, mode) in points.files(place).items():
+        if not place.is_system and str(path) not in manifest.written and _is_for_all(path, place):
+            continue
+        before = manifest.original(path) if str(path) in manifest.written else content(path)
+        manifest.put(path, data, mode, before)
+        yield f"{path}"
+    yield from _merge_thunar(place, manifest)
+    yield from _refresh(place, manifest)
+    manifest.save()
+    if not place.is_system:
+        cleared = clear_failures()
+        if cleared:
+            yield f"{cleared} notes of failed thumbnails removed"
+
+
+def uninstall(place: Place) -> Iterator[str]:
+    """Takes out what `install` put in, and tells what was done, a line each.  Raises OSError, ValueError."""
+    if not place.manifest.exists():
+        yield "nothing is installed"
+        return
+    manifest = Manifest.read(place.manifest)
+    menu = thunar_file(place)
+    for name in sorted(manifest.written):
+        path = Path(name)
+        if manifest.take_out(path):
+            yield f"{path}"
+        elif path == menu:
+            text = thunar.without_actions(path.read_text(encoding="utf-8"))
+            write_beside(path, text.encode(), mode=path.stat().st_mode & 0o7777)
+            yield f"{path}: our actions"
+        else:
+            yield f"{path} was changed since, and stays"
+    if place.is_system:
+        yield from system.uninstall(place)
+    manifest.path.unlink(missing_ok=True)
+    _run_databases(place)
+    for name in manifest.databases:
+        if not _others(Path(name), place):
+            Path(name).unlink(missing_ok=True)
+            _remove_if_empty(Path(name).parent)
+    for name in reversed(manifest.folders):
+        _remove_if_empty(Path(name))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _is_for_all(path: Path, place: Place) -> bool:
+    """Whether a system-wide installation has this file already: two of them would make two menu entries."""
+    system_place = points.system_place()
+    twin = system_place.data / path.relative_to(place.data)
+    return str(twin) in Manifest.read(system_place.manifest).written and twin.exists()
+
+
+def thunar_file(place: Place) -> Path:
+    """Thunar's file of custom actions."""
+    return place.config / "Thunar" / "uca.xml"
+
+
+def _merge_thunar(place: Place, manifest: Manifest) -> Iterator[str]:
+    path = thunar_file(place)
+    was = content(path)
+    if was is None and place.is_system:
+        yield f"{path} is not there, so Thunar's menu is left to each user"
+        return
+    # The user's own file hides the system's, so a new one begins with what that has.
+    base = was or content(Path("/etc/xdg/Thunar/uca.xml")) or thunar.EMPTY.encode()
+    try:
+        merged = thunar.with_actions(base.decode(), points.thunar_actions(place)).encode()
+        if merged != was:
+            if manifest.is_ours(path):
+                before = manifest.original(path)
+            else:
+                before = None if was is None else thunar.without_actions(was.decode()).encode()
+            manifest.put(path, merged, None if was is None else path.stat().st_mode & 0o7777, before)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be merged into: {error}; mend it or move it away") from error
+    yield f"{path}"
+
+
+def _refresh(place: Place, manifest: Manifest) -> Iterator[str]:
+    """Refreshes the databases, and remembers which files that made."""
+    before = set(_database_files(place))
+    missing = _run_databases(place)
+    new = [str(path) for path in _database_files(place) if path not in before]
+    manifest.databases = sorted({*manifest.databases, *new})
+    for command in missing:
+        package = "shared-mime-info" if command == MIME_DATABASE else "desktop-file-utils"
+        yield f"{command} is not installed, so its database is not refreshed: install {package}, and run this again"
+
+
+def _run_databases(place: Place) -> list[str]:
+    """Runs the refreshing commands; returns those that this machine lacks."""
+    missing = []
+    for command, folder in ((MIME_DATABASE, place.data / "mime"), (DESKTOP_DATABASE, place.data / "applications")):
+        if not folder.is_dir() or (command == MIME_DATABASE and not (folder / "packages").is_dir()):
+            continue
+        if shutil.which(command) is None:
+            missing.append(command)
+        else:
+            subprocess.run([command, str(folder)], check=False, capture_output=True)
+    return missing
+
+
+def _database_files(place: Place) -> Iterator[Path]:
+    """What the databases consist of at present."""
+    mime = place.data / "mime"
+    for path in mime.rglob("*") if mime.is_dir() else ():
+        if path.is_file() and path.parent != mime / "packages":
+            yield path
+    cache = place.data / "applications" / "mimeinfo.cache"
+    if cache.exists():
+        yield cache
+
+
+def _others(path: Path, place: Place) -> bool:
+    """Whether a file of a database serves something else than what was installed here."""
+    applications = place.data / "applications"
+    if path.parent == applications:
+        return any(applications.glob("*.desktop"))
+    packages = place.data / "mime" / "packages"
+    return packages.is_dir() and any(packages.iterdir())
+
+
+def clear_failures() -> int:
+    """Removes what was noted in this user's cache of failures with .perco files; returns how many there were."""
+    folder = cache_folder()
+    count = 0
+    for entry in (folder / "fail").glob("*/*.png") if folder else ():
+        if is_failure_of_ours(entry):
+            entry.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def is_failure_of_ours(entry: Path) -> bool:
+    """Whether an entry of the cache is of a .perco file."""
+    try:
+        with Image.open(entry, formats=["PNG"]) as picture:
+            return str(picture.info.get("Thumb::URI", "")).lower().endswith(".perco")
+    except (OSError, SyntaxError, ValueError):
+        return False

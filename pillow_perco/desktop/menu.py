@@ -1,0 +1,29 @@
+"""What the menu entries run: `perco convert`, each file to its own folder, and a notice where nobody sees stderr."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+
+def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[str]:
+    """Converts files, those of one folder together; yields what went wrong."""
+    absolute = sorted(file.absolute() for file in files)
+    for folder, members in groupby(absolute, key=lambda file: file.parent):
+        command = [sys.executable, "-m", "pillow_perco.cli", "convert", "--quiet", "--skip-existing", "--to", to]
+        command += ["--bpp", bpp] if bpp else []
+        run = subprocess.run(
+            [*command, "--", *map(str, members), str(folder)], capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            text = run.stderr.strip() or f"perco convert ended with status {run.returncode}"
+            notify(text)
+            yield text
+
+
+def notify(text: str) -> None:
+    """Shows a text on the desktop, where there is one that can."""
+    if command := shutil.which("notify-send"):
+        subprocess.run([command, "--icon=image-x-generic", "PerCo", text[-1000:]], check=False, capture_output=True)

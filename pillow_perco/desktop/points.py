@@ -1,0 +1,136 @@
+"""The desktop points: what files each consists of, and where they go."""
+
+import json
+import os
+import shlex
+import shutil
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+ASSETS = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "integrations", Path(__file__).parents[2] / "integrations")
+    if folder.is_dir()
+)
+"""The folder integrations/: in the installed package, or in a checkout beside it."""
+
+RATES = (
+    ("tiny", "0.002"),
+    ("small", "0.0098"),
+    ("medium", "0.041"),
+    ("fine", "0.166"),
+)
+"""What the menus offer: a label, and the embedded model's rate point that it stands for, in bits a pixel."""
+
+SYSTEM_PREFIX = Path("/usr/local")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of the points go, for one user or for the system.
+
+    data: of applications, as XDG_DATA_HOME.  config: as XDG_CONFIG_HOME.  state: the folder of the manifest.
+    perco: the command line that the menus run.  thumbnailer: the path of perco-thumbnailer, as file managers see it.
+    """
+
+    data: Path
+    config: Path
+    state: Path
+    perco: tuple[str, ...]
+    thumbnailer: Path
+    is_system: bool = False
+
+    @property
+    def manifest(self) -> Path:
+        """The file that says what was installed here, and what was there before."""
+        return self.state / "desktop.json"
+
+
+def user_place() -> Place:
+    """Where files of this user go.  Raises OSError for a user without a home."""
+    data, config = _xdg("XDG_DATA_HOME", ".local/share"), _xdg("XDG_CONFIG_HOME", ".config")
+    system = SYSTEM_PREFIX / "bin" / "perco-thumbnailer"
+    thumbnailer = system if os.access(system, os.X_OK) else script("perco-thumbnailer")
+    return Place(data, config, data / "pillow-perco", (str(script("perco")),), thumbnailer)
+
+
+def system_place(prefix: Path = SYSTEM_PREFIX, destination: Path | None = None) -> Place:
+    """Where files of the system go: below `prefix`, and the one of Thunar's in /etc/xdg.
+
+    destination: a folder that stands for / while a package is built (DESTDIR); the files name their places without it.
+    """
+    root = destination or Path("/")
+    inside = root / prefix.relative_to("/")
+    helper = prefix / "bin" / "perco-thumbnailer"
+    state = inside / "lib" / "pillow-perco"
+    return Place(inside / "share", root / "etc" / "xdg", state, (str(script("perco")),), helper, is_system=True)
+
+
+def _xdg(variable: str, default: str) -> Path:
+    """A folder of the user's, as the XDG Base Directory Specification finds it."""
+    named = Path(os.environ.get(variable, ""))
+    if named.is_absolute():
+        return named
+    home = Path.home()
+    if home == home.parent or not home.is_dir():
+        raise NotADirectoryError("this user has no home folder to install into: use --system")
+    return home / default
+
+
+def script(name: str) -> Path:
+    """The full path of a command of this package."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    return Path(found) if found else beside
+
+
+def files(place: Place) -> dict[Path, tuple[bytes, int]]:
+    """The files of all points but Thunar's: path to contents and permissions."""
+    perco = shlex.join(place.perco)
+    values = {
+        "PERCO": perco,
+        "PERCO_FILE": place.perco[0],
+        "PERCO_ARGUMENTS": json.dumps(place.perco),
+        "RATES": json.dumps([(f"{label.capitalize()} ({bpp} bits a pixel)", bpp) for label, bpp in RATES]),
+        "THUMBNAILER": shlex.quote(str(place.thumbnailer)),
+        "ACTION_NAMES": "".join(f"{label};" for label, _ in RATES),
+        "ACTIONS": "".join(
+            f"\n[Desktop Action {label}]\nName={label.capitalize()} ({bpp} bits a pixel)\nIcon=image-x-generic\n"
+            f"Exec={perco} desktop convert --bpp {bpp} -- %F\n"
+            for label, bpp in RATES
+        ),
+    }
+    made: dict[Path, tuple[bytes, int]] = {}
+    for asset, target, mode in (
+        ("mime/pillow-perco.xml", "mime/packages/pillow-perco.xml", 0o644),
+        ("thumbnailer/pillow-perco.thumbnailer", "thumbnailers/pillow-perco.thumbnailer", 0o644),
+        ("open-with/pillow-perco.desktop", "applications/pillow-perco.desktop", 0o644),
+        ("nautilus/pillow_perco_menu.py", "nautilus-python/extensions/pillow_perco_menu.py", 0o644),
+        ("nemo/to-png.nemo_action", "nemo/actions/pillow-perco-to-png.nemo_action", 0o644),
+        ("kde/pillow-perco-encode.desktop", "kio/servicemenus/pillow-perco-encode.desktop", 0o755),
+        ("kde/pillow-perco-decode.desktop", "kio/servicemenus/pillow-perco-decode.desktop", 0o755),
+    ):
+        made[place.data / target] = _filled(asset, values), mode
+    for label, bpp in RATES:
+        target = f"nemo/actions/pillow-perco-{label}.nemo_action"
+        made[place.data / target] = _filled("nemo/to-perco.nemo_action", values | {"LABEL": label, "BPP": bpp}), 0o644
+    return made
+
+
+def thunar_actions(place: Place) -> str:
+    """Thunar's actions, as they stand in its file."""
+    to_perco, end, to_png = (ASSETS / "thunar" / "actions.xml").read_text(encoding="utf-8").partition("</action>\n")
+    many = [_replaced(to_perco + end, {"LABEL": label, "BPP": bpp}) for label, bpp in RATES]
+    return _replaced("".join(many) + to_png, {"PERCO_XML": escape(shlex.join(place.perco))})
+
+
+def _filled(asset: str, values: dict[str, str]) -> bytes:
+    return _replaced((ASSETS / asset).read_text(encoding="utf-8"), values).encode()
+
+
+def _replaced(text: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text

@@ -1,0 +1,99 @@
+"""What a conversion is to do: names, trees, directions, and what is refused before anything is written."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from perco_engine.conversion import Request, plan, told
+from perco_engine.errors import ConversionError
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.jpg", "in/b.PNG", "in/notes.txt", "in/.hidden.jpg", "in/sub/c.jpg", "in/.cache/d.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    return tmp_path
+
+
+def planned(*sources: str, out: str = "out", to: str | None = None, recursive: bool = False) -> list[tuple[str, str]]:
+    return [(str(task.source), str(task.target)) for task in plan(Request(sources, out, to, recursive))]
+
+
+def test_folders_files_and_globs(tree: Path) -> None:
+    flat = [("in/a.jpg", "out/a.perco"), ("in/b.PNG", "out/b.perco")]
+    assert planned("in") == planned("in/a.jpg", "in/b.PNG") == planned("in/[ab].*") == flat
+    assert planned("in", recursive=True) == [*flat, ("in/sub/c.jpg", "out/sub/c.perco")]
+    assert planned("in/**/*.jpg") == [flat[0], ("in/sub/c.jpg", "out/sub/c.perco")]
+    assert planned("in/a.jpg", "in/a.jpg", "in") == flat
+    assert planned("in/a.jpg", out="x.perco") == [("in/a.jpg", "x.perco")]
+    assert planned("in/a.jpg", out="x.perco/") == [("in/a.jpg", "x.perco/a.perco")]
+
+
+def test_a_name_with_wildcards_that_is_there_is_a_file(tree: Path) -> None:
+    Path("in/a[1].jpg").touch()
+    Path("in/a1.jpg").touch()
+    assert planned("in/a[1].jpg") == [("in/a[1].jpg", "out/a[1].perco")]
+
+
+def test_names_do_not_pile_up_suffixes(tree: Path) -> None:
+    for name in ("x/a.jpg.perco", "x/b.v2.perco", "y/c.perco.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert planned("x") == [("x/a.jpg.perco", "out/a.png"), ("x/b.v2.perco", "out/b.v2.png")]
+    assert planned("x", to="JPG")[0] == ("x/a.jpg.perco", "out/a.jpg")
+    assert planned("y") == [("y/c.perco.png", "out/c.perco")]
+
+
+def test_the_direction_of_a_folder_with_both(tree: Path) -> None:
+    Path("in/z.perco").touch()
+    assert [source for source, _ in planned("in")] == ["in/a.jpg", "in/b.PNG"]
+    assert planned("in", to="png") == [("in/z.perco", "out/z.png")]
+
+
+def test_in_place_and_into_a_folder_below(tree: Path) -> None:
+    assert planned("in", out="in")[0] == ("in/a.jpg", "in/a.perco")
+    Path("in/out").mkdir()
+    Path("in/out/e.jpg").touch()
+    assert "in/out/e.jpg" not in [source for source, _ in planned("in", out="in/out", recursive=True)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "says"),
+    [
+        (["in/a.jpg", "in/a.png"], {}, "these would become one file: in/a.jpg and in/a.png"),
+        (["in/b.PNG"], {"out": "other.jpg"}, "one of the two has to be a .perco file"),
+        (["in/z.perco"], {"out": "in/z.perco"}, "is a .perco file already"),
+        (["in/z.perco", "in/a.jpg"], {}, "say which to make, with --to"),
+        (["in/z.perco", "in/../in/a.perco.jpg"], {"out": "in", "to": "perco"}, "already"),
+        (["nothing*.jpg"], {}, "matches nothing"),
+        (["empty"], {}, "nothing to convert"),
+        (["in"], {"to": "docx"}, "cannot be written as .docx"),
+        (["in"], {"out": "in/a.jpg"}, "is no folder"),
+        (["in"], {"out": "new.perco"}, "is no folder"),
+        (["in/a.jpg"], {"out": "new.pngg"}, "no picture format"),
+        (["in/a.jpg"], {"out": "x.perco", "to": "png"}, "name one of them"),
+    ],
+)
+def test_what_is_refused(tree: Path, sources: list[str], options: dict[str, str], says: str) -> None:
+    Path("in/z.perco").touch()
+    Path("in/a.png").touch()
+    Path("empty").mkdir()
+    with pytest.raises(ConversionError, match=re.escape(says)):
+        planned(*sources, **options)  # type: ignore[arg-type]
+
+
+def test_a_source_is_not_written_over_by_another_name(tree: Path) -> None:
+    Path("in/x.perco").touch()
+    Path("link.png").symlink_to("in/x.perco")
+    with pytest.raises(ConversionError, match="would be written over"):
+        planned("in/x.perco", out="link.png")
+
+
+def test_names_as_text() -> None:
+    assert told("a\nb\x1b[2J") == "a\\nb\\x1b[2J"
+    assert told(os.fsdecode(b"\xff.jpg")) == "\\xff.jpg"
+    assert told("Käse #1 100%.jpg") == "Käse #1 100%.jpg"

@@ -1,0 +1,336 @@
+"""perco convert from outside: both directions, bad files, breaks, watching, sources removed."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import opened_size
+from PIL import Image
+
+from perco_engine import batch, thumbnails
+from perco_engine.batch_networks import Settings
+from perco_engine.conversion import Task
+from pillow_perco.cli import main
+
+COMMAND = [str(Path(sys.executable).with_name("perco")), "convert"]
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache" / "thumbnails"
+
+
+@pytest.fixture
+def photos(photo: Image.Image, tmp_path: Path) -> Path:
+    """A folder of pictures of two sizes, with odd names, one below, and two bad ones."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    photo.save(folder / "a.jpg")
+    photo.save(folder / "b #1 100%\n.png")
+    photo.resize((70, 90)).save(folder / "sub" / "Käse[x].webp")
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    (folder / "cut.png").write_bytes((folder / "b #1 100%\n.png").read_bytes()[:9000])
+    return folder
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts commands that are killed at the end."""
+    processes = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        command = [*COMMAND, *map(str, arguments)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+OUR_PATH = os.pathsep.join(
+    [str(Path(batch.__file__).parent.parent), *(path for path in sys.path if path.endswith("site-packages"))]
+)
+"""What an interpreter elsewhere needs to find what this one has."""
+
+
+def names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_there_and_back_with_bad_files(photos: Path, tmp_path: Path, cache: Path) -> None:
+    result = convert(photos, "out", "-r", "--json", "--bpp", 0.002)
+    assert result.exit_code == 1
+    *lines, summary = map(json.loads, result.stdout.splitlines())
+    assert {line["source"]: line["status"] for line in lines} == {
+        f"{photos}/a.jpg": "written", f"{photos}/b #1 100%\n.png": "written", f"{photos}/bad.jpg": "failed",
+        f"{photos}/cut.png": "failed", f"{photos}/sub/Käse[x].webp": "written",
+    }  # fmt: skip
+    assert {k: summary["summary"][k] for k in ("written", "failed", "skipped")} == {
+        "written": 3, "failed": 2, "skipped": 0,
+    }  # fmt: skip
+    assert all(line["bytes"] == Path(line["target"]).stat().st_size for line in lines if line["status"] == "written")
+    written = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
+    assert written == ["a.perco", "b #1 100%\n.perco", "sub/Käse[x].perco"]
+    assert all(thumbnails.are_current(path.absolute()) for path in Path("out").rglob("*.perco"))
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 12
+
+    result = convert("out", "back", "-r", "--to", "jpg", "--steps", 0)
+    assert (result.exit_code, result.stdout[:9]) == (0, "3 written")
+    assert opened_size(Path("back/a.jpg")) == (192, 128)
+    assert opened_size(Path("back/sub/Käse[x].jpg")) == (70, 90)
+
+
+def test_failures_are_told_at_the_end_in_a_line_each(photos: Path) -> None:
+    result = convert(photos, "out", "--quiet", "--no-thumbnails")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert [line.split(": ")[0] for line in sorted(result.stderr.splitlines())] == [
+        f"{photos}/bad.jpg", f"{photos}/cut.png",
+    ]  # fmt: skip
+    result = convert("nowhere.jpg", photos / "a.jpg", "more/")
+    assert result.exit_code == 1 and Path("more/a.perco").exists() and "No such file" in result.stderr
+
+
+def test_the_bytes_are_those_of_perco_encode(photos: Path) -> None:
+    Path("in/a.txt").write_text("  a barn owl\n")
+    assert convert("in/a.jpg", "many.perco", "--seed", 5, "--max-bytes", 400).exit_code == 0
+    arguments = ["in/a.jpg", "one.perco", "--seed", "5", "--max-bytes", "400", "--caption", "a barn owl"]
+    assert CliRunner().invoke(main, ["encode", *arguments, "--no-thumbnails"]).exit_code == 0
+    assert Path("many.perco").read_bytes() == Path("one.perco").read_bytes()
+
+
+def test_metadata(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "a barn owl", 6
+    photo.save("a.jpg", exif=exif)
+    for flags, kept in (([], None), (["--keep-metadata"], "a barn owl")):
+        assert convert("a.jpg", "a.perco", "--overwrite", *flags).exit_code == 0
+        assert convert("a.perco", "b.png", "--overwrite", *flags).exit_code == 0
+        with Image.open("b.png") as image:
+            assert image.size == (128, 192) and image.getexif().get(0x010E) == kept
+
+
+def test_what_is_there_already(photos: Path) -> None:
+    Path("out").mkdir()
+    Path("out/a.perco").write_bytes(b"precious")
+    result = convert(photos, "out")
+    assert result.exit_code == 2 and "--skip-existing" in result.stderr
+    assert names("out") == ["a.perco"]
+    result = convert("in/a.jpg", "in/b [#]*", "out", "--skip-existing")
+    assert result.exit_code == 0 and result.stdout.startswith("1 written, 1 skipped")
+    assert Path("out/a.perco").read_bytes() == b"precious"
+    assert convert("in/a.jpg", "out", "--overwrite").exit_code == 0
+    assert Path("out/a.perco").read_bytes() != b"precious"
+
+
+def test_a_dry_run_does_nothing(photos: Path) -> None:
+    result = convert("in/a.jpg", "in/b [#]*", "out", "--dry-run")
+    assert result.exit_code == 0 and not Path("out").exists()
+    assert result.stdout == "in/a.jpg -> out/a.perco\nin/b #1 100%\\n.png -> out/b #1 100%\\n.perco\n2 planned\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("out",), "name the files to convert"),
+        (("in", "out", "--steps", 1), "--steps is of the other direction"),
+        (("in", "out", "--bpp", -1), "--bpp"),
+        (("in/a.jpg", "in/a.jpg"), "one of the two has to be"),
+        (("in", "out", "--watch", "in"), "name the files to convert"),
+    ],
+)
+def test_requests_that_make_no_sense(arguments: tuple[object, ...], says: str, photos: Path) -> None:
+    result = convert(*arguments)
+    assert result.exit_code == 2 and says in result.stderr and not Path("out").exists()
+
+
+def test_a_model_that_is_not_there_ends_it(photos: Path) -> None:
+    result = convert(photos, "out", "--model", "none")
+    assert result.exit_code == 1 and "neither a registered model" in result.stderr and not Path("out").exists()
+
+
+def test_sources_are_removed_only_when_the_file_was_read_back(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert convert(photos, "out", "--delete-source", "--no-thumbnails").exit_code == 1
+    assert names("in") == ["bad.jpg", "cut.png", "sub"]
+    write = batch.files.write_beside
+    monkeypatch.setattr(batch.files, "write_beside", lambda path, data: write(path, data[:-1]))
+    result = convert("in/sub", "out", "--delete-source", "--no-thumbnails")
+    assert result.exit_code == 1 and "the source was kept" in result.stderr
+    assert names("in/sub") == ["Käse[x].webp"]
+
+
+def test_one_file_too_small_for_its_limit_does_not_spoil_its_batch(photo: Image.Image) -> None:
+    for name in ("a", "b", "c"):
+        photo.save(f"{name}.png")
+    Path("b.txt").write_text(os.urandom(200).hex())
+    result = convert("a.png", "b.png", "c.png", "out/", "--max-bytes", 60, "--no-thumbnails")
+    assert result.exit_code == 1 and "2 written, 1 failed" in result.stdout and "b.png" in result.stderr
+
+
+def test_memory_is_bounded_by_what_is_in_flight(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "PIXELS_IN_FLIGHT", 3 * 192 * 128)
+    photo.save("a.png")
+    ahead, done = 0, 0
+
+    def tasks() -> Iterator[Task]:
+        nonlocal ahead
+        for k in range(12):
+            ahead = max(ahead, k - done)
+            yield Task(Path("a.png"), Path(f"out/{k}.perco"))
+
+    for _ in batch.convert(tasks(), Settings(thumbnails=False)):
+        done += 1
+    assert done == 12 and ahead <= 3 + batch.READERS
+
+
+def test_breaking_off_leaves_no_thread_writing(photo: Image.Image) -> None:
+    photo.save("a.png")
+    tasks = [Task(Path("a.png"), Path(f"out/{k}.perco")) for k in range(100)]
+    results = batch.convert(tasks, Settings(thumbnails=False))
+    next(results)
+    results.close()
+    there = names("out")
+    time.sleep(0.3)
+    assert there == names("out") and 0 < len(there) < 100
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_and_going_on(
+    number: signal.Signals, code: int, photo: Image.Image, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    Path("in").mkdir()
+    for k in range(60):
+        photo.resize((768, 512)).save(f"in/{k:02}.jpg")
+    process = started("in", "out", "--no-thumbnails")
+    wait_for(lambda: Path("out").is_dir() and len(list(Path("out").glob("*.perco"))) > 0)
+    start = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code and "--skip-existing" in said
+    assert time.monotonic() - start < 1
+    there = {path: path.read_bytes() for path in Path("out").iterdir()}
+    assert 0 < len(there) < 60 and all(path.suffix == ".perco" for path in there)
+    for path in list(Path("in").iterdir()):
+        if int(path.stem) > 55 or Path("out", path.stem + ".perco") in there:
+            continue
+        path.unlink()
+    result = convert("in", "out", "--skip-existing", "--no-thumbnails")
+    assert result.exit_code == 0 and f"{len(there)} skipped" in result.stdout
+    assert all(path.read_bytes() == data for path, data in there.items())
+
+
+def test_an_interrupt_while_torch_is_imported(
+    photo: Image.Image, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    photo.save("a.jpg")
+    process = started("a.jpg", "out/")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT, 0)
+    assert not Path("out").exists() or names("out") in ([], ["a.perco"])
+
+
+def test_a_watched_folder_with_a_slow_writer(photo: Image.Image, started: Callable[..., subprocess.Popen[str]]) -> None:
+    Path("in").mkdir()
+    photo.save("in/early.png")
+    data = Path("in/early.png").read_bytes()
+    process = started("--watch", "in", "out", "--no-thumbnails", "--json")
+    with open("in/slow.png", "wb") as slow:
+        # Long enough for anyone who only looks whether the file has stopped growing, and a whole picture at that.
+        slow.write(data)
+        slow.flush()
+        wait_for(lambda: Path("out/early.perco").exists())
+        time.sleep(4)
+        assert not Path("out/slow.perco").exists()
+        slow.write(b"more")
+    wait_for(lambda: Path("out/slow.perco").exists())
+    shutil.copy("in/early.png", "in/.part.png")
+    Path("in/.part.png").rename("in/moved.png")
+    wait_for(lambda: Path("out/moved.perco").exists())
+    photo.save("in/early.jpg")
+    assert process.stdout is not None
+    lines = [json.loads(process.stdout.readline()) for _ in range(4)]
+    assert [Path(line["source"]).name for line in lines] == ["early.png", "slow.png", "moved.png", "early.jpg"]
+    assert lines[3]["status"] == "failed" and "would become the same file" in lines[3]["error"]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert names("out") == ["early.perco", "moved.perco", "slow.perco"]
+
+
+def test_progress_in_a_terminal(photos: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*COMMAND, "in", "out"], stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:
+                break
+    os.close(ours)
+    assert process.returncode == 1
+    assert b"4/4" in shown and b"files" in shown and b"\x1b[" in shown
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may become another user")
+def test_as_a_user_without_rights(photo: Image.Image, tmp_path: Path) -> None:
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    home, shut = tmp_path / "home", tmp_path / "shut"
+    home.mkdir()
+    shut.mkdir()
+    photo.save(home / "a.jpg")
+    for path in (home, home / "a.jpg"):
+        os.chown(path, 65534, 65534)
+    # The interpreter of the tests may lie in a home that others may not enter.
+    python = next((one for one in (sys.executable, "/usr/bin/python3") if _runs_for_others(one)), None)
+    if python is None:
+        pytest.skip("other users have no interpreter here that has what the tests have")
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": OUR_PATH}
+
+    def run_as_nobody(*arguments: object) -> int:
+        command = [python, "-m", "pillow_perco.cli", "convert", *map(str, arguments)]
+        return subprocess.run(command, user=65534, group=65534, env=environment, cwd="/", check=False).returncode
+
+    assert run_as_nobody(home / "a.jpg", f"{home}/out/") == 0
+    assert (home / "out" / "a.perco").stat().st_uid == 65534
+    assert len(list((home / ".cache" / "thumbnails").rglob("*.png"))) == 4
+    assert run_as_nobody(home / "a.jpg", shut / "x.perco") == 1
+    assert names(shut) == []
+
+
+def _runs_for_others(python: str) -> bool:
+    environment = {"PYTHONPATH": OUR_PATH}
+    try:
+        run = subprocess.run(
+            [python, "-c", "import pillow_perco.cli, torch"], user=65534, env=environment, cwd="/", check=False
+        )
+    except OSError:
+        return False
+    return run.returncode == 0

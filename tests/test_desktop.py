@@ -1,0 +1,246 @@
+"""Installing the desktop points, and taking them out: every other file stays as it was, byte for byte."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from perco_engine import get_engine
+from perco_engine.bitstream.header import MAGIC
+from pillow_perco.cli import main
+from pillow_perco.desktop import check, points, thunar
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the desktop is that of freedesktop.org")
+
+OTHERS = """<?xml version="1.0" encoding="UTF-8"?>
+<!-- mine -->
+<actions>
+<action>
+\t<icon>x</icon>
+\t<name>Grüße &amp; more</name>
+\t<unique-id>1234-1</unique-id>
+\t<command>true %f</command>
+\t<patterns>*</patterns>
+\t<directories/>
+</action>
+
+</actions>
+
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder of the user."""
+    folder = tmp_path / "home of ü"
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "DESTDIR"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def perco(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, ["desktop", *map(str, arguments)])
+    assert result.exit_code in (0, 1) and (result.exception is None or isinstance(result.exception, SystemExit))
+    return result
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file and folder below, with permissions and contents."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_an_empty_home_is_empty_again(home: Path) -> None:
+    assert perco("install").exit_code == 0
+    once = snapshot(home)
+    assert perco("install").exit_code == 0
+    assert snapshot(home) == once
+    assert perco("uninstall").exit_code == 0
+    assert snapshot(home) == {}
+    assert perco("uninstall").output == "nothing is installed\n"
+
+
+def test_what_the_user_has_stays(home: Path) -> None:
+    for name, text in (
+        (".config/Thunar/uca.xml", OTHERS),
+        (".local/share/nemo/actions/mine.nemo_action", "[Nemo Action]\n"),
+        (".local/share/mime/packages/mine.xml", (points.ASSETS / "mime/pillow-perco.xml").read_text()),
+        (".local/share/thumbnailers/pillow-perco.thumbnailer", "of some other time\n"),
+    ):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    (home / ".config/Thunar/uca.xml").chmod(0o600)
+    subprocess.run(["update-mime-database", home / ".local/share/mime"], check=False)
+    before = snapshot(home)
+    perco("install")
+    perco("install")
+    during = snapshot(home)
+    assert len(during) > len(before) + 10
+    assert during[".config/Thunar/uca.xml"][0] & 0o777 == 0o600
+    assert "TryExec" in (home / ".local/share/thumbnailers/pillow-perco.thumbnailer").read_text()
+    perco("uninstall")
+    assert snapshot(home) == before
+
+
+def test_what_was_changed_since_is_told_and_left(home: Path) -> None:
+    perco("install")
+    action = home / ".local/share/nemo/actions/pillow-perco-tiny.nemo_action"
+    action.write_text("[Nemo Action]\n")
+    menu = home / ".config/Thunar/uca.xml"
+    menu.write_text(menu.read_text().replace("<actions>", "<actions>\n<action><unique-id>mine</unique-id></action>", 1))
+    output = perco("uninstall").output
+    assert f"{action} was changed since, and stays" in output
+    assert action.read_text() == "[Nemo Action]\n"
+    assert "<unique-id>mine" in menu.read_text() and "pillow-perco" not in menu.read_text()
+
+
+def test_thunar_s_actions() -> None:
+    ours = "<action>\n\t<name>A</name>\n\t<unique-id>pillow-perco-a</unique-id>\n</action>\n"
+    merged = thunar.with_actions(OTHERS, ours)
+    names = [action.findtext("unique-id") for action in ET.fromstring(merged.encode())]
+    assert names == ["1234-1", "pillow-perco-a"]
+    assert thunar.with_actions(merged, ours) == merged
+    assert thunar.without_actions(merged) == OTHERS
+    rewritten = merged.replace("\n<action>", "<action>").replace("\t", "  ")  # by Thunar itself
+    assert "pillow-perco" not in thunar.without_actions(rewritten) and "1234-1" in thunar.without_actions(rewritten)
+    assert len(ET.fromstring(thunar.with_actions('<actions x="1"><action/></actions>', ours))) == 2
+    assert len(ET.fromstring(thunar.with_actions("<actions/>", ours))) == 1
+
+
+@pytest.mark.parametrize("text", ["", "<actions>", "no XML", "<other/>"])
+def test_a_file_that_cannot_be_merged_into_is_left(home: Path, text: str) -> None:
+    menu = home / ".config/Thunar/uca.xml"
+    menu.parent.mkdir(parents=True)
+    menu.write_text(text)
+    result = perco("install")
+    if text:
+        assert result.exit_code == 1 and "uca.xml cannot be merged into" in result.output
+        assert menu.read_text() == text
+    else:  # an empty file is no loss
+        assert result.exit_code == 0, result.output
+
+
+def test_the_files_are_what_they_should_be(home: Path) -> None:
+    perco("install")
+    share = home / ".local/share"
+    thumbnailer = (share / "thumbnailers/pillow-perco.thumbnailer").read_text()
+    assert " -s %s %i %o\nMimeType=image/x-perco;\n" in thumbnailer
+    for path in share.rglob("*pillow?perco*"):
+        if path.is_file():
+            assert "@" not in path.read_text(), path
+    compile((share / "nautilus-python/extensions/pillow_perco_menu.py").read_text(), "menu", "exec")
+    assert (share / "kio/servicemenus/pillow-perco-encode.desktop").stat().st_mode & 0o111
+    magic = ET.parse(share / "mime/packages/pillow-perco.xml").find(".//{*}match")
+    assert magic is not None and magic.attrib["value"] == r"\x93PCo" and MAGIC == b"\x93PCo"
+
+
+def test_the_menus_offer_rates_of_the_model() -> None:
+    assert {float(bpp) for _, bpp in points.RATES} <= {point.bpp for point in get_engine().rate_points}
+
+
+def test_stale_failures_are_cleared(home: Path) -> None:
+    folder = home / ".cache/thumbnails/fail/gnome-thumbnail-factory"
+    folder.mkdir(parents=True)
+    for name, kind in (("a", "perco"), ("b", "jpg")):
+        info = PngInfo()
+        info.add_text("Thumb::URI", f"file:///x.{kind}")
+        Image.new("RGB", (1, 1)).save(folder / f"{name}.png", pnginfo=info)
+    perco("install")
+    assert [path.name for path in folder.iterdir()] == ["b.png"]
+
+
+@pytest.fixture(scope="module")
+def destination(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder that stands for /, with a system-wide installation in it."""
+    root = tmp_path_factory.mktemp("root")
+    menu = root / "etc/xdg/Thunar/uca.xml"
+    menu.parent.mkdir(parents=True)
+    menu.write_text(OTHERS)
+    result = perco("install", "--system", "--destdir", root)
+    assert result.exit_code == 0, result.output
+    yield root
+
+
+def test_a_system_wide_installation(destination: Path, photo: Image.Image, tmp_path: Path) -> None:
+    app = destination / "usr/local/lib/pillow-perco/app"
+    wrapper = (destination / "usr/local/bin/perco-thumbnailer").read_text()
+    assert wrapper.startswith("#!/usr/bin/python3") and str(destination) not in wrapper
+    assert not (app / "torch").exists() and not list(app.glob("perco_engine/embedded/unet"))
+    assert sum(path.stat().st_size for path in app.rglob("*") if path.is_file()) < 120e6
+    assert b"pillow-perco-png" in (destination / "etc/xdg/Thunar/uca.xml").read_bytes()
+    path = tmp_path / "x.perco"
+    path.write_bytes(get_engine().encode(photo))
+    program = wrapper.replace("/usr/local/lib", f"{destination}/usr/local/lib").partition("\n")
+    interpreter = program[0].removeprefix("#!").split()
+    subprocess.run([*interpreter, "-c", program[2], "-s", "64", path, tmp_path / "x.png"], env={}, check=True)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (64, 43)
+
+
+def test_it_is_taken_out_again(destination: Path) -> None:
+    assert perco("install", "--system", "--destdir", destination).exit_code == 0
+    assert perco("uninstall", "--system", "--destdir", destination).exit_code == 0
+    left = [path for path in destination.rglob("*") if path.is_file()]
+    assert left == [destination / "etc/xdg/Thunar/uca.xml"] and left[0].read_text() == OTHERS
+    assert not (destination / "usr").exists()
+
+
+def test_where_no_package_index_is_another_python_is_an_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pillow_perco.desktop import system
+
+    other = system.Interpreter(Path("/usr/bin/python3"), (3, 99), "cpython-399-x86_64-linux-gnu")
+    monkeypatch.setattr(system, "interpreter", lambda: other)
+    result = perco("install", "--system", "--destdir", tmp_path / "root")
+    assert result.exit_code == 1 and "cannot be had" in result.output
+    assert not (tmp_path / "root/usr/local/bin").exists()
+
+
+def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "SYSTEM_PREFIX", home / "usr/local")
+    monkeypatch.setattr(points.system_place, "__defaults__", (home / "usr/local", None))
+    assert "not installed: perco desktop install" in perco("status").output
+    perco("install")
+    output = perco("status").output
+    assert "installed, 12 files" in output and "sudo perco desktop install --system" in output
+    (home / ".local/share/nemo/actions/pillow-perco-tiny.nemo_action").unlink()
+    assert "changed or removed (pillow-perco-tiny.nemo_action, ...): perco desktop install" in perco("status").output
+    (home / ".config/Thunar/uca.xml").write_text(OTHERS)
+    assert "our entries are not in" in perco("status").output
+    manifest = home / ".local/share/pillow-perco/desktop.json"
+    manifest.write_text(json.dumps({"nonsense": 1}))
+    assert "damaged" in perco("status").output
+    assert "Pillow plugin            registered" in CliRunner().invoke(main, ["doctor"]).output
+
+
+def test_what_the_sandbox_sees(tmp_path: Path) -> None:
+    script = tmp_path / "helper"
+    script.write_text("#!/usr/bin/python3\n")
+    assert not check.seen_by_sandbox(script)
+    assert check.seen_by_sandbox(Path("/usr/bin/env"))
+
+
+def test_the_menu_command_converts_beside(home: Path, photo: Image.Image, tmp_path: Path) -> None:
+    for name in ("a b/1.png", "ü/-2.png"):
+        (tmp_path / name).parent.mkdir()
+        photo.resize((64, 48)).save(tmp_path / name)
+    result = perco("convert", "--bpp", "0.002", "--", tmp_path / "a b/1.png", tmp_path / "ü/-2.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "a b/1.perco").stat().st_size < 30 and (tmp_path / "ü/-2.perco").exists()
+    (tmp_path / "a b/1.png").write_bytes(b"no picture")
+    perco("convert", "--to", "png", "--", tmp_path / "a b/1.perco")
+    assert (tmp_path / "a b/1.png").read_bytes() == b"no picture"  # what is there is never replaced
+    result = perco("convert", "--to", "webp", "--", tmp_path / "a b/1.png")
+    assert result.exit_code == 1 and "1.png" in result.output

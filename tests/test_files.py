@@ -1,0 +1,37 @@
+"""Files are there whole or not at all, and stay what they were besides."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from perco_engine.files import write_beside
+
+
+def test_a_link_stays_a_link_and_permissions_stay(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to("real")
+    write_beside(link, b"new")
+    assert link.is_symlink() and real.read_bytes() == b"new" and real.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "later").symlink_to(tmp_path / "not-yet")
+    write_beside(tmp_path / "later", b"new")
+    assert (tmp_path / "not-yet").read_bytes() == b"new"
+
+
+def test_paths_of_any_kind_and_of_full_length(tmp_path: Path) -> None:
+    for path in (tmp_path / ("n" * 255), str(tmp_path / "text"), os.fsencode(tmp_path / "bytes")):
+        write_beside(path, b"new")
+    assert sorted(len(path.name) for path in tmp_path.iterdir()) == [4, 5, 255]
+
+
+def test_errors_name_the_file_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        write_beside(tmp_path / "no" / "x.perco", b"new")
+    assert missing.value.filename == str(tmp_path / "no" / "x.perco")
+    with pytest.raises(IsADirectoryError) as folder:
+        write_beside(tmp_path, b"new")
+    assert folder.value.errno == errno.EISDIR and folder.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,128 @@
+"""The warm engine: its folder, its manners with others, and what clients do where there is none."""
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import pillow_perco
+from perco_engine import get_engine, service
+from perco_engine.errors import ChecksumMismatch, NotAPercoFile
+from pillow_perco.cli import main
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # The path of a socket is short, and pytest's are long.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    if len(str(tmp_path)) > 70:
+        pytest.skip("the folder's name is too long for a socket")
+    yield tmp_path / "pillow-perco"
+    service.stop()
+
+
+@pytest.fixture
+def data(photo: Image.Image) -> bytes:
+    return get_engine().encode(photo, bpp=0.002)
+
+
+def test_a_warm_engine_decodes_what_a_cold_one_does(runtime: Path, data: bytes) -> None:
+    assert service.decode(data) is None and service.status() is None and not service.stop()
+    started = service.start(idle_seconds=60)
+    assert started["pid"] != os.getpid() and service.start()["pid"] == started["pid"]
+    for options in ({}, {"steps": 0, "seed": 3, "max_size_px": 90}):
+        picture = service.decode(data, **options)  # type: ignore[arg-type]
+        assert picture is not None
+        assert picture.tobytes() == get_engine().decode(data, **options).tobytes()  # type: ignore[arg-type]
+    with pytest.raises(NotAPercoFile):
+        service.decode(b"no file")
+    with pytest.raises(ChecksumMismatch):
+        service.decode(data[:-1] + bytes([data[-1] ^ 1]))
+    assert service.decode(data, steps=-1) is None
+    assert service.decode(data, model="/nowhere") is None
+    assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
+    assert stat.S_IMODE((runtime / "engine.socket").stat().st_mode) == 0o600
+    told = CliRunner().invoke(main, ["service", "status"])
+    assert told.exit_code == 0 and str(started["pid"]) in told.output
+    hostile(runtime)
+    assert service.status() is not None
+    assert service.stop() and service.status() is None and not (runtime / "engine.socket").exists()
+    assert CliRunner().invoke(main, ["service", "status"]).exit_code == 1
+
+
+def hostile(runtime: Path) -> None:
+    """Messages that announce too much, end early, or are no JSON: each only costs its own connection."""
+    for message in (
+        struct.pack(">II", 1 << 31, 0), struct.pack(">II", 2, 1 << 31) + b"{}", struct.pack(">II", 9, 0) + b"{",
+        struct.pack(">II", 4, 0) + b"nope", struct.pack(">II", 2, 0) + b"[]",
+    ):  # fmt: skip
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(str(runtime / "engine.socket"))
+            connection.sendall(message)
+            connection.shutdown(socket.SHUT_WR)
+            # What was not read may make it a reset.
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+
+
+def test_it_ends_when_nobody_asks(runtime: Path) -> None:
+    process = subprocess.run([sys.executable, "-m", "perco_engine.service", "0.1"], timeout=60, check=False)
+    assert process.returncode == 0 and not (runtime / "engine.socket").exists()
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may become another user")
+def test_another_user_is_not_answered(runtime: Path) -> None:
+    one = service._Service(60)
+    thread = threading.Thread(target=one.serve)
+    thread.start()
+    while service.status() is None:
+        pass
+    for folder in (runtime, *runtime.parents[:3]):
+        folder.chmod(0o755)
+    (runtime / "engine.socket").chmod(0o777)
+    code = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.chdir(sys.argv[1]); os.setgid(65534); "
+        "os.setuid(65534); s.connect('engine.socket'); s.settimeout(5)\n"
+        "try: s.sendall(b'\\0\\0\\0\\x10\\0\\0\\0\\0' + b'{\"do\": \"status\"}'); print(s.recv(99))\n"
+        "except OSError: print(b'')"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(runtime)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "b''"
+    runtime.chmod(0o700)
+    assert service.stop()
+    thread.join()
+
+
+def test_a_folder_that_others_see_is_not_used(runtime: Path, data: bytes) -> None:
+    runtime.mkdir(mode=0o755)
+    runtime.chmod(0o755)
+    with pytest.raises(PermissionError, match="this user alone"):
+        service.runtime_folder()
+    assert service.decode(data) is None and service.status() is None
+
+
+def test_the_client_leaves_torch_alone(runtime: Path, photo: Image.Image, tmp_path: Path) -> None:
+    pillow_perco.save(photo, tmp_path / "x.perco", bpp=0.002)
+    code = (
+        "import sys, json; from perco_engine import service\n"
+        "picture = service.decode(open(sys.argv[1], 'rb').read(), start_it=True)\n"
+        "print(json.dumps([picture.size, 'torch' in sys.modules]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.perco")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout) == [[192, 128], False]
