@@ -113,7 +113,7 @@ def _merge_thunar(place: Place, manifest: Manifest) -> Iterator[str]:
             if manifest.is_ours(path):
                 before = manifest.original(path)
             else:
-                before = None if was is None else thunar.without_actions(was.decode()).encode()
+                before = thunar.without_actions(was.decode()).encode() if was else was
             manifest.put(path, merged, None if was is None else path.stat().st_mode & 0o7777, before)
     except ValueError as error:
         raise ValueError(f"{path} cannot be merged into: {error}; mend it or move it away") from error
