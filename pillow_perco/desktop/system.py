@@ -159,6 +159,8 @@ def _bring_ours(app: Path) -> None:
                 (folder / "hyper_enc").mkdir(parents=True)
                 for name in (COLOURS, "hyper_enc/config.json", "model_index.json"):
                     shutil.copyfile(one.folder / name, folder / name)
+                if (one.folder / "prior").is_dir():
+                    shutil.copytree(one.folder / "prior", folder / "prior")
             else:
                 preview_networks.export(one.folder, folder)
         except (OSError, PercoError):
