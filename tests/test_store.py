@@ -875,8 +875,9 @@ def test_licence_and_card_come_along(store: Path, sources: dict[str, Path], tmp_
     (folder / "notes.txt").write_text("no document")
     (base / "LICENSE").write_text("the base's")
     installed = install.import_folder(folder, base=str(base))
-    texts = {path.relative_to(installed.folder).as_posix(): path.read_text() for path in (
-        *installed.folder.glob("*.*"), *installed.folder.glob("base/*")) if path.suffix not in (".json", ".npy")}  # fmt: skip
+    brought = [*installed.folder.glob("*.*"), *installed.folder.glob("base/*")]
+    documents = [path for path in brought if path.suffix not in (".json", ".npy")]
+    texts = {path.relative_to(installed.folder).as_posix(): path.read_text() for path in documents}
     assert texts == {"LICENSE.txt": "mine", "readme.md": "a card", "base/LICENSE": "the base's"}
     assert {"LICENSE.txt", "base/LICENSE"} < set(installed.files)
     assert installed.fingerprint == weights.fingerprint(sources["low"])
