@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import bitstream, pixels, rates, weights
+from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
 from .batch_options import DecodeOptions, EncodeOptions, for_each
 from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions

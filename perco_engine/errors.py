@@ -22,6 +22,7 @@
     ├── OffloadUnavailable        offload was asked for and accelerate is not installed
     ├── ConversionError           a conversion of many files cannot begin as it was asked for
     ├── CoderUnavailable          torchac's extension was asked for and is not built
+    ├── UnfitPackages             (also an ImportError) an installed package does not work with another
     ├── EvaluationError           an evaluation cannot go on in the folder that it was given
     └── TrainingError             a training run cannot go on
         └── InvalidSettings       (also a ValueError) a run's settings file does not say what it must
@@ -116,6 +117,10 @@ class ConversionError(PercoError):
 
 class CoderUnavailable(PercoError):
     """torchac's compiled extension was asked for and is not built on this machine."""
+
+
+class UnfitPackages(PercoError, ImportError):
+    """Two installed packages do not work together; the text says which, and what to do."""
 
 
 class EvaluationError(PercoError):

@@ -89,7 +89,7 @@ class Previewer:
             return np.stack([np.asarray(channel) for channel in channels], 2)
 
         if self.networks is None:
-            if max(point.count(width_px, height_px) for point in self.rate_points) > 8 * MOST_CODES:
+            if max(point.count(width_px, height_px) for point in self.rate_points) > 16 * MOST_CODES:
                 raise LimitExceeded(f"a picture of {width_px}x{height_px} pixels has too many codes to be looked at")
             codes = self.codes(data)
             grid = self.rate_points[codes.rate_point].grids[0]

@@ -108,7 +108,7 @@ def test_importing_and_opening_leave_torch_alone(photo: Image.Image, tmp_path: P
 
 
 def test_every_package_is_shipped() -> None:
-    settings = tomllib.loads((ENGINE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {path.parent for path in files(ENGINE, PLUGIN) if path.name == "__init__.py"}
     named = {".".join(folder.relative_to(ENGINE.parent).parts) for folder in found}
     assert set(settings["packages"]) == named | {"pillow_perco.integrations"}

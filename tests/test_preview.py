@@ -115,6 +115,7 @@ def test_draft_and_thumbnail_leave_torch_alone(photo: Image.Image, tmp_path: Pat
 
 def test_colours_of_an_imported_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
     monkeypatch.setenv("PERCO_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "_seen", {})  # other tests may have used the same weights where they lie
     installed = install.import_folder(PUBLISHED, name="tiny")
     colours = np.load(installed.folder / preview.COLOURS)
     assert colours.dtype == np.uint8 and colours.ndim == 2 and colours.shape[1] == 3

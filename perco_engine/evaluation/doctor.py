@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from perco_engine import devices, torchac_backend, weights
-from perco_engine.errors import ModelUnavailable
+from perco_engine.errors import ModelUnavailable, UnfitPackages
 
 PACKAGES = (
     "pillow-perco", "pillow", "numpy", "torch", "diffusers", "transformers", "safetensors", "vector-quantize-pytorch",
@@ -23,6 +23,12 @@ def report() -> Iterator[str]:
         except PackageNotFoundError:
             found = f"missing: pip install {package}"
         yield f"{package:<24} {found}"
+    try:
+        from perco_engine.installation import TORCHVISION
+
+        yield f"{'torchvision':<24} {TORCHVISION or 'none (only LPIPS, DISTS and FID need it)'}"
+    except UnfitPackages as error:
+        yield f"{'torchvision':<24} unfit: {error}"
     device = devices.best_device()
     yield f"{'device':<24} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
     for spec in weights.REGISTRY:
