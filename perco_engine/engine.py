@@ -164,7 +164,7 @@ class Engine:
                 height_px=image.height,
                 rate_point=level if self.model.rate_point is None else self.model.rate_point,
                 indices=indices,
-                caption=text or "",
+                caption=text,
                 seed=DEFAULT_SEED if seed is None else seed,
                 alpha=pixels.alpha_mask(image) if alpha else None,
                 metadata=block or Metadata(),
