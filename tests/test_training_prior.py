@@ -1,10 +1,12 @@
 """The prior in training computes what the prior in files does."""
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from perco_engine.bitstream.prior import Prior
+from perco_engine.errors import TrainingError
 from perco_engine.rates import Grid, ladder
 from perco_engine.training.prior import PriorNetwork
 
@@ -35,3 +37,15 @@ def test_the_trained_network_is_the_integer_one() -> None:
         told = [float(bits) for bits in network.bits(grids, [phase] * len(grids))]
         # The floor under the frequencies, and logits in 1/256 of a bit, are all that training leaves out.
         np.testing.assert_allclose([bits[phase] for bits in ideal_bits], told, atol=0.05)
+
+
+def test_training_goes_on_from_the_integers_of_a_prior() -> None:
+    grids = [Grid(64, 16), Grid(32, 32)]
+    torch.manual_seed(0)
+    first, second = PriorNetwork(grids), PriorNetwork(grids)
+    assert not np.array_equal(first.integers()["1.out.weight"], second.integers()["1.out.weight"])
+    second.load_integers(first.integers())
+    for name, tensor in first.integers().items():
+        np.testing.assert_array_equal(second.integers()[name], tensor)
+    with pytest.raises(TrainingError, match="of another ladder"):
+        PriorNetwork(grids[:1]).load_integers(first.integers())

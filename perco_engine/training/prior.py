@@ -5,14 +5,14 @@ forward pass, and gradients pass the rounding straight through (Bengio et al., 2
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -173,6 +173,18 @@ class PriorNetwork(nn.Module):
                     tensors[f"{k}.{name}"] = (rounded / step).cpu().numpy().astype(np.int8)
         return tensors
 
+    @torch.no_grad()
+    def load_integers(self, tensors: Mapping[str, NDArray[np.generic]]) -> None:
+        """Takes over what `integers` gave.  Raises TrainingError where it is of other grids, or of other widths."""
+        own = self.integers()
+        if {name: tensor.shape for name, tensor in own.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise TrainingError("the start folder's prior is of another ladder: start from a folder without prior/")
+        for k, level in enumerate(self.levels):
+            for name, value in level.tensors.items():
+                name = name.replace("_", ".")
+                step = ACTIVATION_STEP if name == "embedding" else SUM_STEP if name.endswith("bias") else WEIGHT_STEP
+                value.copy_(torch.from_numpy(tensors[f"{k}.{name}"].astype(np.float32)) * step)
+
     def save_pretrained(self, folder: Path) -> None:
         """Writes prior.safetensors, as a model folder has it in prior/."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +207,8 @@ def codes_of_crops(run: Run, vae: Any, ladder: HyperLadder, count: int) -> list[
 def train_prior(run: Run) -> None:
     """Trains the prior of the run's ladder, or of the start folder's; the codes of its crops are kept.
 
+    It begins with the start folder's prior, where that has one.
+
     Raises TrainingError where the ladder has a codebook that is too small for a prior.
     """
     settings, device = run.settings.prior, run.accelerator.device
@@ -208,6 +222,8 @@ def train_prior(run: Run) -> None:
         )
     indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, settings.crops))
     network = PriorNetwork(grids)
+    if (begun := run.find((), "prior")) is not None:
+        network.load_integers(load_file(begun / "prior.safetensors"))
     stage = Stage(run, "prior", {"prior": network})
     for step in stage.steps():
         chosen = torch.randint(len(indices[0]), (settings.batch_size,))
