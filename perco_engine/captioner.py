@@ -215,8 +215,8 @@ def get_captioner(
 ) -> Captioner | None:
     """The captioner that is meant: None for None, a callable itself, a model's name or folder as its captioner.
 
-    captioner: "blip2" is PerCo (SD)'s; any other BLIP-2 model (as its config.json says) is run as that one, any other
-        model by transformers' image-text-to-text pipeline.
+    captioner: "blip2" is PerCo (SD)'s, "tags" the small one of tags.py; any other BLIP-2 model (as its config.json says)
+        is run as the former, any other model by transformers' image-text-to-text pipeline.
     device: where a model that is named here runs; default CUDA or MPS where there is one, else the CPU.
 
     Raises ValueError for anything else, ModelUnavailable and InvalidModel for a model without a readable config.json.
@@ -225,6 +225,10 @@ def get_captioner(
         return captioner
     if captioner == "blip2":
         return Blip2Captioner(device=device)
+    if captioner == "tags":
+        from .tags import TagCaptioner
+
+        return TagCaptioner(device)
     if not isinstance(captioner, str | os.PathLike) or not str(captioner):
         raise ValueError(f"captioner must be a model's name or folder, or a function, not {captioner!r}")
     if _model_type(str(captioner)) == "blip-2":

@@ -49,6 +49,11 @@ class PromptEmbeddings:
 @torch.no_grad()
 def embed(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Captions to text embeddings (b, tokens, dim), all in one batch; what is over the token limit is cut off."""
+    return embed_with_gradient(text_encoder, tokenizer, prompts, device)
+
+
+def embed_with_gradient(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """What `embed` returns, for a text encoder that learns."""
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).to(device)

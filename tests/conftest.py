@@ -16,7 +16,7 @@ from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
 from perco_engine.pipeline import PercoPipeline
-from perco_engine.training.embedded import new_scheduler
+from perco_engine.training.denoising import new_scheduler
 
 PARITY = Path(__file__).parent / "parity"
 PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"

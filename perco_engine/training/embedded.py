@@ -1,20 +1,21 @@
-"""The recipe embedded: trains the embedded model from nothing, in four stages, each restartable.
+"""The recipe embedded: trains the embedded model from nothing, in five stages, each restartable.
 
 autoencoder: principal components, least squares, then L1 + feature distance.
 ladder: k-means on what each level has to say, then the error of the latents, in pixels' units.
 joint: ladder, decoder and U-Net together, through the decoded picture: L1, squared error, SSIM and feature distance
     of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
     every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
+text: a small text encoder (text.py), and the U-Net, which takes captions from then on; the files' codes stay as they are.
 prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 
 A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
 a name in settings.StageName, and a table of its own in settings.Embedded.
 """
 
+import json
 import random
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from .crops import Crops
+from .denoising import (
+    FEATURE_WEIGHTS,
+    STEPS,
+    WALK,
+    autoencoder,
+    latent_error,
+    new_scheduler,
+    picture_loss,
+    walk,
+)
 from .journal import Tell
 from .photos import random_crop, to_tensor
 from .prior import train_prior
@@ -36,14 +47,9 @@ from .processes import accelerated
 from .settings import Embedded, StageName
 from .sources import UNREADABLE, open_source
 from .stage import Run, Stage, channels_last
+from .text import check_corpus, no_caption, text_parts, train_text
 
 LATENT_CHANNELS = 16
-
-FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.28)
-"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
-
-WALK = (999, 749, 499, 249)
-"""The timesteps of decoding in four steps; the first alone is decoding in one."""
 
 MODEL = "model"
 """The finished model's folder, in the run's."""
@@ -52,6 +58,7 @@ MODEL = "model"
 def check(settings: Embedded) -> None:
     """Looks for all that the settings name.  Raises InvalidSettings."""
     open_source(settings.data, "train")
+    check_corpus(settings.text.corpus)
     if settings.start is not None and not (settings.start / "model_index.json").is_file():
         raise InvalidSettings(f"start: {settings.start} is no model folder: it has no model_index.json")
 
@@ -75,38 +82,6 @@ def train(settings: Embedded, tell: Tell = print) -> Path:
             export(run, settings.run / MODEL)
         accelerator.wait_for_everyone()
     return settings.run / MODEL
-
-
-def similarity(output: Tensor, target: Tensor) -> Tensor:
-    """SSIM (Wang et al., 2004), the mean over the full, half, quarter and eighth size of pictures in -1..1.
-
-    A mean, where MS-SSIM is a product of powers: their slope has no bound where a scale has next to no structure left.
-    """
-    from pytorch_msssim import ssim
-
-    scales = []
-    with torch.autocast(output.device.type, enabled=False):  # differences of squares need float32
-        for _ in range(4):
-            scales.append(ssim(output / 2 + 0.5, target / 2 + 0.5, data_range=1.0))
-            output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
-    return torch.stack(scales).mean()
-
-
-def picture_loss(
-    distance: FeatureDistance, output: Tensor, target: Tensor, weight: float = 0.12
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + 2 x squared error + 0.5 x (1 - SSIM of four scales) + weight x feature distance, and the figures by name.
-
-    Pictures in -1..1 of at least 96 pixels a side.  The features are those of a place drawn anew each time, up to 7
-    pixels into the pictures: a network of strides must not see the decoder's 8x8 squares always in the same phase.
-    """
-    output = output.float()
-    mse, ssim = F.mse_loss(output, target), similarity(output, target)
-    top, left = torch.randint(0, 8, (2,)).tolist()
-    inside = (..., slice(top, output.shape[-2] - 8 + top), slice(left, output.shape[-1] - 8 + left))
-    features = distance(output[inside], target[inside])
-    loss = F.l1_loss(output, target) + 2 * mse + 0.5 * (1 - ssim) + weight * features
-    return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim}
 
 
 def sample(run: Run, count: int, seed: int) -> Tensor:
@@ -147,18 +122,6 @@ def train_autoencoder(run: Run) -> None:
     stage.finish(vae=vae)
 
 
-def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
-    """How much a unit of each latent channel moves the pixels: root mean square of its response, (c, 1, 1)."""
-    response = vae.synthesis.weight.detach().float().pow(2).sum((2, 3)).mean(0).sqrt()
-    return (response / response.mean()).view(-1, 1, 1)
-
-
-def autoencoder(run: Run) -> tuple[PatchAutoencoder, Tensor]:
-    """The autoencoder of the first stage, frozen, on the device, and its `pixel_deviation`."""
-    vae: PatchAutoencoder = run.begun(("autoencoder",), "vae")
-    return vae.to(run.accelerator.device), pixel_deviation(vae).to(run.accelerator.device)
-
-
 @torch.no_grad()
 def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...]) -> list[Tensor]:
     """The latents of whole photos at several scales, (c, h/8, w/8) fp16 each."""
@@ -194,11 +157,6 @@ def latent_batch(cached: list[Tensor], side: int, size: int, rng: random.Random)
     return torch.stack(crops)
 
 
-def latent_error(estimate: Tensor, latents: Tensor, deviation: Tensor) -> Tensor:
-    """Mean squared error of latents, mostly in pixels' units (`pixel_deviation`): these alone would neglect detail."""
-    return ((deviation.pow(2) + 0.2) * (estimate.float() - latents).pow(2)).mean()
-
-
 def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
     """Sets how codebooks follow batches of so many latents: a code with 1/20 of the mean use starts again elsewhere."""
     for rung in ladder.levels:
@@ -208,7 +166,7 @@ def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
 
 
 def train_ladder(run: Run) -> None:
-    vae, deviation = autoencoder(run)
+    vae, deviation = autoencoder(run, "autoencoder")
     ladder = run.begun((), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
     fresh = run.is_new("ladder") and run.settings.start is None
     if fresh:
@@ -252,25 +210,9 @@ def new_unet() -> UNet2DConditionModel:
     return unet
 
 
-def new_scheduler() -> Any:
-    """DDIM with zero terminal SNR, trailing steps (Lin et al., 2024), and a network that predicts the latents."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="sample",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-
-
 def train_joint(run: Run) -> None:
     settings = run.settings.joint
-    vae, deviation = autoencoder(run)
+    vae, deviation = autoencoder(run, "autoencoder")
     ladder: HyperLadder = run.begun(("ladder",), "hyper_enc").requires_grad_(not settings.frozen_codes)
     unet = run.begun((), "unet", new_unet).requires_grad_(True)
     unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
@@ -279,6 +221,7 @@ def train_joint(run: Run) -> None:
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
+    silence = no_caption(run, unet)
     distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()
@@ -288,19 +231,18 @@ def train_joint(run: Run) -> None:
     def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
         return run.rng("joint", step).randrange(len(ladder.levels))
 
-    last = len(settings.crops) - 1
-    done = Counter(min(level_of(step), last) for step in range(stage.progress.step))
-    data = [stage.crops(size, side, stream, done[stream]) for stream, (size, side) in enumerate(settings.crops)]
+    data = stage.by_level(settings.crops, level_of)
     for step in stage.steps():
         level = level_of(step)
-        x = next(data[min(level, last)])
+        x = next(data)["pixels"]
         with run.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()
             estimates, _, commitment = ladder.climb(z, level)
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
-            guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice((1, 1, 1, 1, 2, 3, 4))])
+            text = None if silence is None else silence.expand(len(x), -1, -1)
+            guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice(STEPS)], text)
             picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
@@ -310,7 +252,7 @@ def train_joint(run: Run) -> None:
             t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
             with run.autocast():
                 noisy = scheduler.add_noise(z, noise, t)
-                denoised = unet(noisy, t, None, local_features=local.detach()).sample
+                denoised = unet(noisy, t, text, local_features=local.detach()).sample
             figures["diffusion"] = latent_error(denoised, z, deviation)
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
@@ -328,17 +270,6 @@ def train_joint(run: Run) -> None:
     stage.finish(vae=averaged["vae"], hyper_enc=averaged["ladder"], unet=averaged["unet"])
 
 
-def walk(unet: nn.Module, scheduler: Any, noise: Tensor, local: Tensor, timesteps: Sequence[int]) -> Tensor:
-    """Latents as DDIM finds them in these timesteps from pure noise, with a gradient through the last one alone."""
-    guess = noise
-    for k, timestep in enumerate(timesteps):
-        t = torch.full((len(noise),), timestep, device=noise.device)
-        with torch.set_grad_enabled(k == len(timesteps) - 1):
-            noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
-            guess = unet(noisy, t, None, local_features=local).sample.float()
-    return guess
-
-
 def export(run: Run, folder: Path) -> None:
     """Writes what the stages that are done gave as a model folder, in fp16 shards, whole or not at all."""
     from ..pipeline import PercoPipeline
@@ -346,11 +277,15 @@ def export(run: Run, folder: Path) -> None:
     pipeline = PercoPipeline(
         vae=run.begun(("joint", "autoencoder"), "vae"),
         hyper_enc=run.begun(("joint", "ladder"), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)),
-        unet=run.begun(("joint",), "unet", new_unet),
+        unet=run.begun(("text", "joint"), "unet", new_unet),
+        **text_parts(run),
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+    for file in partial.glob("tokenizer/tokenizer.json"):  # 330 KB, most of it spaces
+        compact = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
+        file.write_text(compact + "\n", encoding="utf-8")
     prior = run.find(("prior",), "prior")
     if prior is not None:
         shutil.copytree(prior, partial / "prior")
@@ -362,6 +297,7 @@ TRAIN: dict[StageName, Callable[[Run], None]] = {
     "autoencoder": train_autoencoder,
     "ladder": train_ladder,
     "joint": train_joint,
+    "text": train_text,
     "prior": train_prior,
 }
 """What a stage's name in the settings does."""

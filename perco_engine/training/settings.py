@@ -281,7 +281,7 @@ class PercoSd:
     validation: Validation | None = None
 
 
-StageName = Literal["autoencoder", "ladder", "joint", "prior"]
+StageName = Literal["autoencoder", "ladder", "joint", "text", "prior"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
@@ -319,6 +319,24 @@ class JointSettings(Clock):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSettings(Clock):
+    """The stage of the text encoder.  Captions are those beside the photos, else tags of the crops (text.py).
+
+    crops: as in the joint stage.  level_weights: how often each level is drawn, coarse to fine, relative to the others;
+        the last one serves all further levels.
+    text_dropout: how often the caption is left out.
+    corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from, besides
+        the names of ImageNet's classes.  vocabulary: how many tokens it has.
+    """
+
+    crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
+    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (4, 3, 1)
+    text_dropout: Share = 0.25
+    corpus: Path | None = None
+    vocabulary: Annotated[int, Ge(1000)] = 5000
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorSettings(Clock):
     """The stage of the prior.
 
@@ -351,6 +369,9 @@ class Embedded:
     ladder: StageSettings = StageSettings(minutes=12, batch_size=24, side=256, learning_rate=6e-4)
     joint: JointSettings = JointSettings(
         minutes=80, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=3e-4
+    )
+    text: TextSettings = TextSettings(
+        minutes=60, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=1.5e-4
     )
     prior: PriorSettings = PriorSettings(minutes=15, learning_rate=3e-3)
     checkpoints: Checkpoints = Checkpoints(every_minutes=4)

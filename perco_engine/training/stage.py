@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.unet import UNet2DConditionModel
 from .checkpoints import Checkpoints, Progress
-from .crops import Crops, collate
+from .crops import Crop, Crops, collate
 from .journal import Journal, Tell
 from .photos import random_crop
 from .settings import Clock, Embedded, StageName
@@ -44,8 +45,11 @@ def pace(name: str) -> float:
     """The learning rate of a parameter, relative to the stage's.
 
     What feeds a quantizer learns slowly: its gradient passes straight through, and at full rate the codes run away.
-    The U-Net learns fast: it starts from nothing between networks that are trained already.
+    The U-Net learns fast: it starts from nothing between networks that are trained already; faster yet what brings it
+    captions, which starts when the U-Net itself is trained.
     """
+    if name.startswith(("text_encoder.", "unet.add_embedding.")):
+        return 5.0
     if name.startswith("ladder.levels.") and ".encoder." in name:
         return 0.35
     return 2.0 if name.startswith("unet.") else 1.0
@@ -150,8 +154,23 @@ class Stage:
             run.tell(f"{name}: goes on after step {self.progress.step}")
         self.journal = Journal(self.accelerator, folder, run.settings.log_every, run.tell, self.progress.step, name)
 
-    def crops(self, size: int, side: int, stream: int = 0, done: int | None = None) -> Iterator[Tensor]:
-        """Endless batches (size, 3, side, side) of random crops in -1..1.
+    def crops(self, size: int, side: int) -> Iterator[Tensor]:
+        """Endless batches (size, 3, side, side) of random crops in -1..1, one a step."""
+        return (batch["pixels"] for batch in self.batches(size, side))
+
+    def by_level(self, crops: Sequence[tuple[int, int]], level_of: Callable[[int], int]) -> Iterator[Crop]:
+        """Endless batches, one a step, of as many crops of such a side as `crops` says of the step's level.
+
+        level_of: a step's level; the last entry of `crops` serves all further ones.
+        """
+        last = len(crops) - 1
+        done = Counter(min(level_of(step), last) for step in range(self.progress.step))
+        data = [self.batches(size, side, stream, done[stream]) for stream, (size, side) in enumerate(crops)]
+        while True:
+            yield next(data[min(level_of(self.progress.step), last)])
+
+    def batches(self, size: int, side: int, stream: int = 0, done: int | None = None) -> Iterator[Crop]:
+        """Endless batches of random crops, as crops.collate makes them: pixels (size, 3, side, side) in -1..1.
 
         stream: of several, each with an order of its own.  done: batches that were seen; default one a step.
         """
@@ -174,7 +193,8 @@ class Stage:
             loader = self.accelerator.skip_first_batches(loader, done)
         for batch in loader:
             self.progress.saw(batch)
-            yield batch["pixels"].contiguous(memory_format=torch.channels_last)
+            batch["pixels"] = batch["pixels"].contiguous(memory_format=torch.channels_last)
+            yield batch
 
     @property
     def device(self) -> torch.device:
@@ -232,8 +252,9 @@ class Stage:
         """Writes what the stage was for, for the next one: networks by their names in a model folder."""
         target = self.run.folder(self.name) / "finished"
         if self.accelerator.is_main_process:
-            for name, network in networks.items():
-                network.save_pretrained(target.with_name("finished.partial") / name)
+            with progress_bars_off():
+                for name, network in networks.items():
+                    network.save_pretrained(target.with_name("finished.partial") / name)
             target.with_name("finished.partial").rename(target)
         self.accelerator.wait_for_everyone()
         self.checkpoints.forget()

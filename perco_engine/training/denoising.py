@@ -1,0 +1,103 @@
+"""What the stages with a U-Net share: its scheduler, its walk from pure noise, and the losses of what it finds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..models.autoencoder import PatchAutoencoder
+from ..models.perceptual import FeatureDistance
+from .settings import StageName
+from .stage import Run
+
+FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.28)
+"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
+
+WALK = (999, 749, 499, 249)
+"""The timesteps of decoding in four steps; the first alone is decoding in one."""
+
+STEPS = (1, 1, 1, 1, 2, 3, 4)
+"""How many steps of the walk a training step draws from."""
+
+
+def similarity(output: Tensor, target: Tensor) -> Tensor:
+    """SSIM (Wang et al., 2004), the mean over the full, half, quarter and eighth size of pictures in -1..1.
+
+    A mean, where MS-SSIM is a product of powers: their slope has no bound where a scale has next to no structure left.
+    """
+    from pytorch_msssim import ssim
+
+    scales = []
+    with torch.autocast(output.device.type, enabled=False):  # differences of squares need float32
+        for _ in range(4):
+            scales.append(ssim(output / 2 + 0.5, target / 2 + 0.5, data_range=1.0))
+            output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
+    return torch.stack(scales).mean()
+
+
+def picture_loss(
+    distance: FeatureDistance, output: Tensor, target: Tensor, weight: float = 0.12
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L1 + 2 x squared error + 0.5 x (1 - SSIM of four scales) + weight x feature distance, and the figures by name.
+
+    Pictures in -1..1 of at least 96 pixels a side.  The features are those of a place drawn anew each time, up to 7
+    pixels into the pictures: a network of strides must not see the decoder's 8x8 squares always in the same phase.
+    """
+    output = output.float()
+    mse, ssim = F.mse_loss(output, target), similarity(output, target)
+    top, left = torch.randint(0, 8, (2,)).tolist()
+    inside = (..., slice(top, output.shape[-2] - 8 + top), slice(left, output.shape[-1] - 8 + left))
+    features = distance(output[inside], target[inside])
+    loss = F.l1_loss(output, target) + 2 * mse + 0.5 * (1 - ssim) + weight * features
+    return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim}
+
+
+def pixel_deviation(vae: PatchAutoencoder) -> Tensor:
+    """How much a unit of each latent channel moves the pixels: root mean square of its response, (c, 1, 1)."""
+    response = vae.synthesis.weight.detach().float().pow(2).sum((2, 3)).mean(0).sqrt()
+    return (response / response.mean()).view(-1, 1, 1)
+
+
+def autoencoder(run: Run, *stages: StageName) -> tuple[PatchAutoencoder, Tensor]:
+    """The autoencoder of the first of these stages that is done, frozen, on the device, and its `pixel_deviation`."""
+    vae: PatchAutoencoder = run.begun(stages, "vae")
+    return vae.to(run.accelerator.device), pixel_deviation(vae).to(run.accelerator.device)
+
+
+def latent_error(estimate: Tensor, latents: Tensor, deviation: Tensor) -> Tensor:
+    """Mean squared error of latents, mostly in pixels' units (`pixel_deviation`): these alone would neglect detail."""
+    return ((deviation.pow(2) + 0.2) * (estimate.float() - latents).pow(2)).mean()
+
+
+def new_scheduler() -> Any:
+    """DDIM with zero terminal SNR, trailing steps (Lin et al., 2024), and a network that predicts the latents."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="sample",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def walk(
+    unet: nn.Module, scheduler: Any, noise: Tensor, local: Tensor, timesteps: Sequence[int], text: Tensor | None
+) -> Tensor:
+    """Latents as DDIM finds them in these timesteps from pure noise, with a gradient through the last one alone.
+
+    text: embeddings of the captions (b, tokens, width); None for a U-Net without text.
+    """
+    guess = noise
+    for k, timestep in enumerate(timesteps):
+        t = torch.full((len(noise),), timestep, device=noise.device)
+        with torch.set_grad_enabled(k == len(timesteps) - 1):
+            noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
+            guess = unet(noisy, t, text, local_features=local).sample.float()
+    return guess

@@ -1,0 +1,214 @@
+"""The stage text: a small text encoder, and a U-Net that takes its embeddings of captions.
+
+The text encoder is CLIP's, tiny: byte-complete BPE tokens, whose embeddings stay as they were made of the company that
+words keep (word_vectors.py), so that a word which no photo showed lies near those that some did; one layer of attention.
+The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text"),
+beginning with nothing.
+
+Captions are those beside the photos; a crop of a photo without one has tags, by EfficientNet-Lite0 (tags.py).
+"""
+
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ..errors import InvalidModel, InvalidSettings, TrainingError
+from ..model_folder import load_component, progress_bars_off
+from ..models.ladder import HyperLadder
+from ..models.perceptual import FeatureDistance
+from ..models.unet import UNet2DConditionModel
+from ..prompts import embed, embed_with_gradient
+from ..tags import SIDE_PX, labels
+from .denoising import FEATURE_WEIGHTS, STEPS, WALK, autoencoder, latent_error, new_scheduler, picture_loss, walk
+from .settings import StageName, TextSettings
+from .stage import Run, Stage, channels_last
+from .word_vectors import documents, new_tokenizer, token_vectors
+
+WIDTH, HEADS = 48, 4
+"""Dimensions of the text embeddings, and heads of every attention to them."""
+
+CLASSES = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+
+LIKELY_TAGS = 5
+"""A crop's tags are drawn from so many, the most probable ones."""
+
+
+def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
+    """A text encoder whose tokens have these embeddings (tokens, width); the rest is random."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
+        num_hidden_layers=1, num_attention_heads=HEADS, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(config)
+    text_encoder.get_input_embeddings().weight.data.copy_(vectors)
+    return text_encoder
+
+
+def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A U-Net with the same weights that also takes captions, and at first makes nothing of them.
+
+    unet: without text, or with it, which is returned itself.
+    """
+    if unet.config.addition_embed_type == "text":
+        return unet
+    added = {"addition_embed_type": "text", "addition_embed_type_num_heads": HEADS, "cross_attention_dim": WIDTH}
+    extended: UNet2DConditionModel = UNet2DConditionModel.from_config({**unet.config, **added})
+    nn.init.zeros_(extended.add_embedding.norm2.weight)
+    nn.init.zeros_(extended.add_embedding.norm2.bias)
+    extended.load_state_dict(
+        unet.state_dict() | {k: v for k, v in extended.state_dict().items() if k.startswith("add_embedding.")}
+    )
+    return extended
+
+
+def text_parts(run: Run, *stages: StageName) -> dict[str, Any]:
+    """The text encoder, in float32, frozen, and its tokenizer, as `Run.find` finds them; {} where there are none.
+
+    Raises TrainingError where they cannot be loaded.
+    """
+    found = run.find(stages or ("text",), "text_encoder")
+    if found is None:
+        return {}
+    try:
+        parts = {
+            name: load_component(found.parent, name, ["transformers", kind], torch.float32)
+            for name, kind in CLASSES.items()
+        }
+    except InvalidModel as error:
+        raise TrainingError(str(error)) from error
+    parts["text_encoder"].requires_grad_(False)
+    return parts
+
+
+def no_caption(run: Run, unet: UNet2DConditionModel) -> Tensor | None:
+    """The embeddings (1, tokens, width) of the empty caption, on the device; None for a U-Net without text."""
+    if unet.config.addition_embed_type != "text":
+        return None
+    parts = text_parts(run)
+    if not parts:
+        raise TrainingError("the U-Net takes captions, and there is no text_encoder beside it: name another start")
+    embedded = embed(parts["text_encoder"], parts["tokenizer"], [""], torch.device("cpu"))
+    return embedded.to(run.accelerator.device)
+
+
+def beginning(run: Run, classifier: FeatureDistance) -> dict[str, Any]:
+    """The text encoder and tokenizer to begin with: the start folder's, else fresh ones, the same whenever it goes on.
+
+    Raises InvalidSettings where the corpus cannot be read.
+    """
+    found = text_parts(run)
+    if found:
+        return found
+    folder = run.folder("text") / "beginning"
+    if run.accelerator.is_main_process and not folder.is_dir():
+        partial = folder.with_name("beginning.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        run.tell("text: makes a text encoder")
+        with progress_bars_off():
+            for name, part in fresh(run.settings.text, classifier).items():
+                part.save_pretrained(partial / name)
+        partial.rename(folder)
+    run.accelerator.wait_for_everyone()
+    return {name: load_component(folder, name, ["transformers", kind], torch.float32) for name, kind in CLASSES.items()}
+
+
+def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]:
+    """A new text encoder and its tokenizer, of the words of the classes and of the corpus."""
+    texts = documents(settings.corpus)
+    tokenizer = new_tokenizer(texts, labels(), settings.vocabulary)
+    vectors = token_vectors(tokenizer, texts, labels(), classifier.net._fc.weight.detach().cpu().float(), WIDTH)
+    return {"text_encoder": new_text_encoder(tokenizer, vectors), "tokenizer": tokenizer}
+
+
+def draw_caption(probabilities: Tensor, sidecar: str | None, dropout: float, rng: random.Random) -> str:
+    """A crop's caption: none, what is beside the photo, or one to three of its LIKELY_TAGS, in any order.
+
+    probabilities: of the 1000 classes.
+    """
+    if rng.random() < dropout:
+        return ""
+    if sidecar:
+        return sidecar
+    values, numbers = (part.tolist() for part in probabilities.topk(LIKELY_TAGS))
+    chosen: list[int] = []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        (drawn,) = rng.choices(range(LIKELY_TAGS), [0 if k in chosen else values[k] + 1e-6 for k in range(LIKELY_TAGS)])
+        chosen.append(drawn)
+    text = ", ".join(labels()[numbers[k]] for k in chosen)
+    return f"a photo of {text}" if rng.random() < 0.2 else text
+
+
+@torch.no_grad()
+def captions_of(
+    classifier: FeatureDistance, crops: Tensor, sidecars: Sequence[str | None], dropout: float, rng: random.Random
+) -> list[str]:
+    """A caption for each crop (b, 3, s, s) in -1..1."""
+    small = F.interpolate(crops, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True)
+    seen = classifier.probabilities(small).cpu()
+    return [draw_caption(one, sidecar, dropout, rng) for one, sidecar in zip(seen, sidecars, strict=True)]
+
+
+def train_text(run: Run) -> None:
+    """Teaches the U-Net and the text encoder, with the losses of the joint stage; codes and autoencoder stay."""
+    settings = run.settings.text
+    vae, deviation = autoencoder(run, "joint", "autoencoder")
+    ladder: HyperLadder = channels_last(run.begun(("joint", "ladder"), "hyper_enc")).to(run.accelerator.device)
+    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    parts = beginning(run, distance)
+    tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"].requires_grad_(True)
+    text_encoder.get_input_embeddings().requires_grad_(False)
+    unet = with_text(run.begun(("joint",), "unet")).requires_grad_(True)
+    unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
+    scheduler = new_scheduler()
+    channels_last(vae)
+    stage = Stage(run, "text", {"unet": channels_last(unet), "text_encoder": text_encoder})
+    unet.train()
+    text_encoder.train()
+
+    levels = range(len(ladder.levels))
+    weights = [settings.level_weights[min(level, len(settings.level_weights) - 1)] for level in levels]
+
+    def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
+        return run.rng("text", step).choices(levels, weights)[0]
+
+    data = stage.by_level(settings.crops, level_of)
+    for step in stage.steps():
+        level, rng = level_of(step), stage.rng(step)
+        batch = next(data)
+        x = batch["pixels"]
+        captions = captions_of(distance, x, batch["sidecar"], settings.text_dropout, rng)
+        with run.autocast():
+            with torch.no_grad():
+                z = vae.encode(x).latents.float()
+                estimates, _, _ = ladder.climb(z, level)
+                local = ladder.with_level(estimates[-1].float(), level)
+            text = embed_with_gradient(text_encoder, tokenizer, captions, stage.device)
+            noise = torch.randn_like(z)
+            guess = walk(unet, scheduler, noise, local, WALK[: rng.choice(STEPS)], text)
+            loss, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
+        figures = {f"{name}{level + 1}": value for name, value in measured.items()}
+        if step % 4 == 0:
+            t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
+            with run.autocast():
+                noisy = scheduler.add_noise(z, noise, t)
+                denoised = unet(noisy, t, text, local_features=local).sample
+            figures["diffusion"] = latent_error(denoised, z, deviation)
+            loss = loss + 0.2 * figures["diffusion"]
+        stage.update(loss, **figures)
+    averaged = stage.averaged
+    stage.finish(unet=averaged["unet"], text_encoder=averaged["text_encoder"], tokenizer=tokenizer)
+
+
+def check_corpus(path: Path | None) -> None:
+    """Raises InvalidSettings unless there is no corpus, or one that can be read."""
+    if path is not None and not path.is_file():
+        raise InvalidSettings(f"text.corpus: there is no file {path}")
