@@ -1,7 +1,8 @@
 """The stage text: a small text encoder, and a U-Net that takes its embeddings of captions.
 
-The text encoder is CLIP's, tiny: byte-complete BPE tokens, whose embeddings stay as they were made of the company that
-words keep (word_vectors.py), so that a word which no photo showed lies near those that some did; one layer of attention.
+The text encoder is CLIP's, tiny: one layer of attention over byte-complete BPE tokens.  Their embeddings stay as they
+were made of the company that words keep (word_vectors.py), so that a word which no photo showed lies near those that
+some did.
 The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text"),
 beginning with nothing.
 
