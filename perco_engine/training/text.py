@@ -62,7 +62,8 @@ def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     if unet.config.addition_embed_type == "text":
         return unet
     added = {"addition_embed_type": "text", "addition_embed_type_num_heads": HEADS, "cross_attention_dim": WIDTH}
-    extended: UNet2DConditionModel = UNet2DConditionModel.from_config({**unet.config, **added})
+    config = {k: v for k, v in unet.config.items() if not k.startswith("_")}  # among them: what to leave at its default
+    extended: UNet2DConditionModel = UNet2DConditionModel.from_config(config | added)
     nn.init.zeros_(extended.add_embedding.norm2.weight)
     nn.init.zeros_(extended.add_embedding.norm2.bias)
     extended.load_state_dict(
