@@ -1,4 +1,4 @@
-"""The stage text: tokens of any text, a U-Net that begins as it was, captions of crops, and more of it from its model."""
+"""The stage text: tokens of any text, a U-Net that begins as it was, captions of crops, and going on from its model."""
 
 import json
 import random
@@ -87,8 +87,8 @@ def test_the_stage_alone_and_again(tiny_model: Path, photo: Image.Image, tmp_pat
     def run(name: str, start: Path, stage: str) -> Path:
         crops, once = "crops = [[1, 96]]\nlearning_rate = 1e-2\nsteps = 2", "\nvocabulary = 1000\ntext_dropout = 0.0"
         (tmp_path / f"{name}.toml").write_text(
-            f'recipe = "embedded"\nrun = "{name}"\nstart = {json.dumps(str(start))}\nstages = ["{stage}"]\nlog_every = 1\n'
-            f'mixed_precision = "no"\n[data]\nsource = "folder"\nfolder = "."\nworkers = 0\n[{stage}]\n{crops}'
+            f'recipe = "embedded"\nrun = "{name}"\nstart = {json.dumps(str(start))}\nstages = ["{stage}"]\n'
+            f'log_every = 1\nmixed_precision = "no"\n[data]\nsource = "folder"\nfolder = "."\nworkers = 0\n[{stage}]\n{crops}'
             + (once if stage == "text" else "")
         )
         return train(tmp_path / f"{name}.toml", lambda told: None)
