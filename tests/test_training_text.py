@@ -88,8 +88,8 @@ def test_the_stage_alone_and_again(tiny_model: Path, photo: Image.Image, tmp_pat
         crops, once = "crops = [[1, 96]]\nlearning_rate = 1e-2\nsteps = 2", "\nvocabulary = 1000\ntext_dropout = 0.0"
         (tmp_path / f"{name}.toml").write_text(
             f'recipe = "embedded"\nrun = "{name}"\nstart = {json.dumps(str(start))}\nstages = ["{stage}"]\n'
-            f'log_every = 1\nmixed_precision = "no"\n[data]\nsource = "folder"\nfolder = "."\nworkers = 0\n[{stage}]\n{crops}'
-            + (once if stage == "text" else "")
+            f'log_every = 1\nmixed_precision = "no"\n[data]\nsource = "folder"\nfolder = "."\nworkers = 0\n'
+            f"[{stage}]\n{crops}" + (once if stage == "text" else "")
         )
         return train(tmp_path / f"{name}.toml", lambda told: None)
 
