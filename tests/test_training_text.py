@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from perco_engine import weights
 from perco_engine.engine import get_engine
+from perco_engine.model_folder import load_component
+from perco_engine.prompts import embed
 from perco_engine.tags import labels
 from perco_engine.training import text
 from perco_engine.training.embedded import new_unet
@@ -65,6 +68,24 @@ def test_a_unet_that_gets_text_begins_as_it_was(tokenizer: object) -> None:
     assert text.with_text(extended) is extended
     torch.nn.init.ones_(extended.add_embedding.norm2.weight)
     assert not torch.equal(extended(noisy, 999, words, local_features=local).sample, before)
+
+
+@torch.no_grad()
+def test_captions_differ_from_the_start(tokenizer: object, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(len(tokenizer), text.WIDTH), dim=1)  # type: ignore[arg-type]
+    text.new_text_encoder(tokenizer, vectors).save_pretrained(tmp_path / "text_encoder")
+    encoder = load_component(tmp_path, "text_encoder", ["transformers", "CLIPTextModel"], torch.float32)
+    added = text.with_text(new_unet()).add_embedding
+    told = embed(encoder, tokenizer, ["", "great grey owl", "a fence"], torch.device("cpu"))
+    pooled = torch.nn.functional.normalize(added.proj(added.pool(added.norm1(told))), dim=1)
+    alike = pooled @ pooled.T
+    assert max(alike[0, 1], alike[0, 2], alike[1, 2]) < 0.8
+
+
+def test_the_embedded_model_is_no_larger_than_it_may_be() -> None:
+    folder = weights.find("embedded").folder
+    assert 20_000_000 < sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 32_000_000
 
 
 def test_captions_of_crops() -> None:

@@ -41,16 +41,23 @@ LIKELY_TAGS = 5
 
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
-    """A text encoder whose tokens have these embeddings (tokens, width); the rest is random."""
+    """A text encoder whose tokens have these embeddings (tokens, width), of unit length; the rest is random.
+
+    What every caption has in common is kept small, so that captions differ from the start: tokens see no padding, and
+    the marks of start and end, which padding repeats, have short embeddings.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
         num_hidden_layers=1, num_attention_heads=HEADS, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        use_attention_mask=True,
     )  # fmt: skip
     text_encoder = CLIPTextModel(config)
-    text_encoder.get_input_embeddings().weight.data.copy_(vectors)
+    scale = torch.full((len(tokenizer), 1), 0.5 * WIDTH**0.5)  # as large as what attention adds
+    scale[[tokenizer.bos_token_id, tokenizer.eos_token_id]] *= 0.1
+    text_encoder.get_input_embeddings().weight.data.copy_(scale * vectors)
     return text_encoder
 
 
