@@ -215,8 +215,8 @@ def get_captioner(
 ) -> Captioner | None:
     """The captioner that is meant: None for None, a callable itself, a model's name or folder as its captioner.
 
-    captioner: "blip2" is PerCo (SD)'s, "tags" the small one of tags.py; any other BLIP-2 model (as its config.json says)
-        is run as the former, any other model by transformers' image-text-to-text pipeline.
+    captioner: "blip2" is PerCo (SD)'s, "tags" the small one of tags.py; any other BLIP-2 model (as its config.json
+        says) is run as the former, any other model by transformers' image-text-to-text pipeline.
     device: where a model that is named here runs; default CUDA or MPS where there is one, else the CPU.
 
     Raises ValueError for anything else, ModelUnavailable and InvalidModel for a model without a readable config.json.

@@ -18,13 +18,10 @@ from .models.perceptual import FeatureDistance
 from .pixels import to_rgb, to_tensor
 
 SIDE_PX = 224
-"""The shorter side of the pictures that the network was trained on."""
+"""The side of the pictures that the network was trained on; others are squeezed into it."""
 
 PROBABLE, MOST_TAGS = 0.25, 2
 """A caption has every tag that is so probable, at most so many; in any case the most probable one."""
-
-LONGEST_ASPECT = 4
-"""Longer pictures are squeezed to this aspect ratio, so that none costs much."""
 
 
 @remembered
@@ -66,10 +63,8 @@ class TagCaptioner:
 
 
 def _small(image: Image.Image) -> Tensor:
-    """The whole picture, with a shorter side of SIDE_PX: (1, 3, h, w) in -1..1."""
-    shorter = min(image.size)
-    width, height = (min(round(SIDE_PX * side / shorter), LONGEST_ASPECT * SIDE_PX) for side in image.size)
-    return to_tensor([to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)])
+    """The whole picture as the network takes it: (1, 3, SIDE_PX, SIDE_PX) in -1..1."""
+    return to_tensor([to_rgb(image).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)])
 
 
 def caption(probabilities: Tensor) -> str:

@@ -15,7 +15,7 @@ from perco_engine.files import write_beside
 from .cli_compare import compare
 from .cli_convert import convert
 from .cli_desktop import desktop
-from .cli_evaluate import evaluate, find_peers, select_coco
+from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
 from .cli_train import train
 from .cli_view import service, view
@@ -69,7 +69,7 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")
 @click.option(
-    "--captioner", metavar="MODEL", help="Without --caption: the model (blip2, a name, a folder) to write it."
+    "--captioner", metavar="MODEL", help="Without --caption: the model (tags, blip2, a name, a folder) to write it."
 )
 @click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
 @click.option(
@@ -237,6 +237,7 @@ main.add_command(service)
 main.add_command(compare)
 main.add_command(desktop)
 main.add_command(evaluate)
+main.add_command(compare_captions)
 main.add_command(find_peers)
 main.add_command(select_coco)
 main.add_command(train)

@@ -1,4 +1,4 @@
-"""`perco evaluate`, `perco peers` and `perco select-coco`: thin commands over perco_engine.evaluation."""
+"""`perco evaluate`, `captions`, `peers` and `select-coco`: thin commands over perco_engine.evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,27 @@ def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | 
     names = listed(metrics, str) or tuple(all_metrics.METRICS)
     rates, formats = listed(bpp, float), listed(against, str)
     click.echo(peers.tabulate(folder, keep, rates, formats, names, jobs, lambda text: click.echo(text, err=True)))
+
+
+@click.command("captions")
+@click.argument("folder", type=FOLDER)
+@click.option("--out", required=True, type=OUT, help="Folder of the results.")
+@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
+@click.option("--captioner", default="tags", show_default=True, help="For photos without a .txt file beside them.")
+@click.option("--metrics", metavar="A,B,...", default="lite0,lite2", show_default=True, help="Names as in the results.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many photos.")
+def compare_captions(
+    folder: Path, out: Path, model: str, bpp: str | None, captioner: str, metrics: str, limit: int | None
+) -> None:
+    """Tell what captions do: decode the photos of FOLDER with the right caption, none, and another photo's.
+
+    Prints means of each, and of their differences photo by photo, with standard errors.
+    """
+    from perco_engine.evaluation import captions
+
+    settings = captions.Settings(folder, out, model, listed(bpp, float), captioner, listed(metrics, str), limit)
+    click.echo(captions.tabulate(settings, lambda text: click.echo(text, err=True)))
 
 
 @click.command("select-coco")

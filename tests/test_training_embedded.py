@@ -36,6 +36,7 @@ def write_settings(folder: Path, photos: Path, start: Path | None, **tables: dic
         "autoencoder": {"steps": 3, "batch_size": 2, "side": 96, "learning_rate": 1e-3},
         "ladder": {"steps": 3, "batch_size": 2, "side": 88, "learning_rate": 1e-3},
         "joint": {"steps": 5, "crops": [[2, 96], [1, 104]], "learning_rate": 1e-3},
+        "text": {"steps": 3, "crops": [[2, 96], [1, 104]], "learning_rate": 1e-3, "vocabulary": 1000},
         "prior": {"steps": 3, "crops": 3, "batch_size": 2, "learning_rate": 1e-3},
         "checkpoints": {"every_steps": 1, "keep": 5},
     }
@@ -74,6 +75,8 @@ def test_all_stages_give_a_model(whole: Path, photo: Image.Image) -> None:
     engine = get_engine(model)
     assert engine.decode(engine.encode(photo)).size == photo.size
     assert (whole / "model" / "prior" / "prior.safetensors").is_file()
+    assert engine.pipeline.tokenizer.model_max_length == 32
+    assert not any("_name_or_path" in file.read_text() for file in (whole / "model").glob("*/config.json"))
     for stage in settings.STAGES:
         assert [line["step"] for line in read_log(whole / stage)] == list(range(1, 6 if stage == "joint" else 4))
     assert list(json.loads((whole / "autoencoder" / "skipped.json").read_text())) == ["bad.png"]
@@ -135,6 +138,7 @@ def test_from_nothing(photos: Path, tmp_path: Path) -> None:
     tables = {
         "autoencoder": {"steps": 2, "batch_size": 2, "side": 88, "learning_rate": 1e-4},
         "joint": {"steps": 2, "crops": [[1, 96]], "learning_rate": 1e-4},
+        "text": {"steps": 1, "crops": [[1, 96]], "learning_rate": 1e-4},
     }
     model = train(write_settings(tmp_path, photos, None, **tables), lambda text: None)
     (first, _) = read_log(tmp_path / "run" / "autoencoder")

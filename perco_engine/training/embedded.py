@@ -5,7 +5,7 @@ ladder: k-means on what each level has to say, then the error of the latents, in
 joint: ladder, decoder and U-Net together, through the decoded picture: L1, squared error, SSIM and feature distance
     of the U-Net's one-step estimate from pure noise, and of the ladder's own; beside it, the error of the latents at
     every level below, and the plain diffusion loss at every noise level, so that more steps stay valid.
-text: a small text encoder (text.py), and the U-Net, which takes captions from then on; the files' codes stay as they are.
+text: a small text encoder (text.py) and the U-Net, which takes captions from then on; the codes of a photo stay.
 prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 
 A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
@@ -17,7 +17,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -283,6 +282,12 @@ def export(run: Run, folder: Path) -> None:
     )  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+    for name in ("vae", "hyper_enc", "unet"):  # where a network was loaded from is nobody's matter
+        config = json.loads((partial / name / "config.json").read_bytes())
+        config.pop("_name_or_path", None)
+        (partial / name / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     for file in partial.glob("tokenizer/tokenizer.json"):  # 330 KB, most of it spaces
         compact = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
         file.write_text(compact + "\n", encoding="utf-8")

@@ -325,8 +325,8 @@ class TextSettings(Clock):
     crops: as in the joint stage.  level_weights: how often each level is drawn, coarse to fine, relative to the others;
         the last one serves all further levels.
     text_dropout: how often the caption is left out.
-    corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from, besides
-        the names of ImageNet's classes.  vocabulary: how many tokens it has.
+    corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from,
+        besides the names of ImageNet's classes.  vocabulary: how many tokens it has.
     """
 
     crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]

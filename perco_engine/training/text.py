@@ -1,7 +1,8 @@
 """The stage text: a small text encoder, and a U-Net that takes its embeddings of captions.
 
-The text encoder is CLIP's, tiny: byte-complete BPE tokens, whose embeddings stay as they were made of the company that
-words keep (word_vectors.py), so that a word which no photo showed lies near those that some did; one layer of attention.
+The text encoder is CLIP's, tiny: one layer of attention over byte-complete BPE tokens.  Their embeddings stay as they
+were made of the company that words keep (word_vectors.py), so that a word which no photo showed lies near those that
+some did.
 The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text"),
 beginning with nothing.
 
@@ -40,16 +41,23 @@ LIKELY_TAGS = 5
 
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
-    """A text encoder whose tokens have these embeddings (tokens, width); the rest is random."""
+    """A text encoder whose tokens have these embeddings (tokens, width), of unit length; the rest is random.
+
+    What every caption has in common is kept small, so that captions differ from the start: tokens see no padding, and
+    the marks of start and end, which padding repeats, have short embeddings.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
         num_hidden_layers=1, num_attention_heads=HEADS, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        use_attention_mask=True,
     )  # fmt: skip
     text_encoder = CLIPTextModel(config)
-    text_encoder.get_input_embeddings().weight.data.copy_(vectors)
+    scale = torch.full((len(tokenizer), 1), 0.5 * WIDTH**0.5)  # as large as what attention adds
+    scale[[tokenizer.bos_token_id, tokenizer.eos_token_id]] *= 0.1
+    text_encoder.get_input_embeddings().weight.data.copy_(scale * vectors)
     return text_encoder
 
 
@@ -61,7 +69,8 @@ def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     if unet.config.addition_embed_type == "text":
         return unet
     added = {"addition_embed_type": "text", "addition_embed_type_num_heads": HEADS, "cross_attention_dim": WIDTH}
-    extended: UNet2DConditionModel = UNet2DConditionModel.from_config({**unet.config, **added})
+    config = {k: v for k, v in unet.config.items() if not k.startswith("_")}  # among them: what to leave at its default
+    extended: UNet2DConditionModel = UNet2DConditionModel.from_config(config | added)
     nn.init.zeros_(extended.add_embedding.norm2.weight)
     nn.init.zeros_(extended.add_embedding.norm2.bias)
     extended.load_state_dict(

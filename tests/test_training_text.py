@@ -1,0 +1,127 @@
+"""The stage text: tokens of any text, a U-Net that begins as it was, captions of crops, and going on from its model."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from perco_engine import weights
+from perco_engine.engine import get_engine
+from perco_engine.model_folder import load_component
+from perco_engine.prompts import embed
+from perco_engine.tags import labels
+from perco_engine.training import text
+from perco_engine.training.embedded import new_unet
+from perco_engine.training.journal import read_log
+from perco_engine.training.train import train
+from perco_engine.training.word_vectors import new_tokenizer, token_vectors
+
+pytest.importorskip("efficientnet_lite_pytorch")
+
+ODD = ("Straße, naïve café", "☃ 漢字 🦩", "\x00 \x7f", "e\u0301", "𝔘𝔫𝔦 ﷽ ä", "a'b--c 42")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return new_tokenizer(["a barn owl sits on a fence"], ["barn owl", "fence", "great grey owl"], 560)
+
+
+@pytest.mark.parametrize("caption", ODD)
+def test_any_text_has_tokens(tokenizer: object, caption: str) -> None:
+    from unicodedata import normalize
+
+    ids = tokenizer(caption)["input_ids"]  # type: ignore[operator]
+    assert ids[0] == len(tokenizer) - 2 and ids[-1] == len(tokenizer) - 1 and len(tokenizer) - 1 not in ids[1:-1]
+    told = tokenizer.decode(ids, skip_special_tokens=True)
+    assert told.replace(" ", "") == normalize("NFC", caption).lower().replace(" ", "")
+
+
+def test_words_of_the_classes_are_tokens(tokenizer: object) -> None:
+    assert tokenizer.tokenize("Great grey owl") == ["great</w>", "grey</w>", "owl</w>"]
+
+
+def test_words_in_the_same_company_are_alike() -> None:
+    names = ["cat", "dog", "car", "bus"]
+    looks = torch.tensor([[1.0, 0.9, 0, 0], [0.9, 1, 0, 0], [0, 0, 1, 0.9], [0, 0, 0.9, 1]])
+    texts = ["red cat", "red dog", "blue car", "blue bus"] * 2
+    tokens = new_tokenizer(texts, names, 560)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perco_engine.training.word_vectors.NEIGHBOURS", 2)
+        vectors = token_vectors(tokens, texts, names, looks, 4)
+    cat, dog, car = (vectors[tokens.convert_tokens_to_ids(f"{name}</w>")] for name in ("cat", "dog", "car"))
+    assert cat @ dog > 0.9 > 0.5 > cat @ car
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+@torch.no_grad()
+def test_a_unet_that_gets_text_begins_as_it_was(tokenizer: object) -> None:
+    torch.manual_seed(0)
+    unet = new_unet()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    extended = text.with_text(unet)
+    noisy, local, words = torch.randn(2, 16, 6, 5), torch.randn(2, 17, 6, 5), torch.randn(2, 7, text.WIDTH)
+    before = unet(noisy, 999, None, local_features=local).sample
+    assert torch.equal(extended(noisy, 999, words, local_features=local).sample, before)
+    assert text.with_text(extended) is extended
+    torch.nn.init.ones_(extended.add_embedding.norm2.weight)
+    assert not torch.equal(extended(noisy, 999, words, local_features=local).sample, before)
+
+
+@torch.no_grad()
+def test_captions_differ_from_the_start(tokenizer: object, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(len(tokenizer), text.WIDTH), dim=1)  # type: ignore[arg-type]
+    text.new_text_encoder(tokenizer, vectors).save_pretrained(tmp_path / "text_encoder")
+    encoder = load_component(tmp_path, "text_encoder", ["transformers", "CLIPTextModel"], torch.float32)
+    added = text.with_text(new_unet()).add_embedding
+    told = embed(encoder, tokenizer, ["", "great grey owl", "a fence"], torch.device("cpu"))
+    pooled = torch.nn.functional.normalize(added.proj(added.pool(added.norm1(told))), dim=1)
+    alike = pooled @ pooled.T
+    assert max(alike[0, 1], alike[0, 2], alike[1, 2]) < 0.8
+
+
+def test_the_embedded_model_is_no_larger_than_it_may_be() -> None:
+    folder = weights.find("embedded").folder
+    assert 20_000_000 < sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 32_000_000
+
+
+def test_captions_of_crops() -> None:
+    seen = torch.zeros(1000)
+    seen[[24, 21, 7, 8, 9]] = torch.tensor([0.9, 0.04, 0.03, 0.02, 0.01])
+    drawn = [text.draw_caption(seen, None, 0.25, random.Random(k)) for k in range(400)]
+    assert 60 < drawn.count("") < 140
+    assert drawn.count("great grey owl") > 100 and drawn.count("a photo of great grey owl") > 20
+    tags = {tag for caption in drawn if caption for tag in caption.removeprefix("a photo of ").split(", ")}
+    assert tags == {"great grey owl", "kite", "cock", "hen", "ostrich"}
+    assert {text.draw_caption(seen, "my owl", 0.5, random.Random(k)) for k in range(20)} == {"", "my owl"}
+    assert len(labels()) == 1000
+
+
+def test_the_stage_alone_and_again(tiny_model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    """From a model without text; then on from the model that comes of it, whose tokens stay what they were."""
+    photo.crop((0, 0, 128, 128)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a barn owl")
+
+    def run(name: str, start: Path, stage: str) -> Path:
+        crops, once = "crops = [[1, 96]]\nlearning_rate = 1e-2\nsteps = 2", "\nvocabulary = 1000\ntext_dropout = 0.0"
+        (tmp_path / f"{name}.toml").write_text(
+            f'recipe = "embedded"\nrun = "{name}"\nstart = {json.dumps(str(start))}\nstages = ["{stage}"]\n'
+            f'log_every = 1\nmixed_precision = "no"\n[data]\nsource = "folder"\nfolder = "."\nworkers = 0\n'
+            f"[{stage}]\n{crops}" + (once if stage == "text" else "")
+        )
+        return train(tmp_path / f"{name}.toml", lambda told: None)
+
+    first = run("first", tiny_model, "text")
+    engine = get_engine(first)
+    spoken, silent = (engine.decode(engine.encode(photo, caption=told, seed=1)) for told in ("a barn owl", ""))
+    assert spoken.tobytes() != silent.tobytes()
+    second = run("second", first, "text")
+    assert (second / "tokenizer" / "tokenizer.json").read_bytes() == (
+        first / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+    assert [line["step"] for line in read_log(tmp_path / "second" / "text")] == [1, 2]
+    third = run("third", second, "joint")
+    assert (third / "text_encoder" / "config.json").is_file()
