@@ -156,7 +156,7 @@ class PreviewNetworks:
         # In convolutions of width to width: those of the coarsest grid, three for each halving, and the last two.
         steps = [3.25, *[3.0] * growing]
         cost = sum(count / 4 ** max(growing - k, halvings) for k, count in enumerate(steps)) + 1.5 / 4**halvings
-        return 9 * width**2 * cost
+        return float(9 * width**2 * cost)
 
     def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int) -> Array:
         """The estimate of the latents (rows, columns, channels) that grids of codes, (r, c) for each level, give."""

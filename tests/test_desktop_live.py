@@ -238,6 +238,16 @@ class Screen:
         screen.save(Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp")) / "perco-not-found.png")
         raise AssertionError(f"the thumbnail is not on the screen (likeness {best:.2f})")
 
+    def wait_for(self, due: Path, seconds: float) -> None:
+        """Waits until a file is there; where it does not come, keeps what is on the screen."""
+        end = time.monotonic() + seconds
+        while not due.exists():
+            if time.monotonic() > end:
+                folder = Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp"))
+                ImageGrab.grab(xdisplay=self.display).save(folder / "perco-menu.png")
+                raise AssertionError(f"{due} was not written")
+            time.sleep(0.5)
+
     def do(self, *words: object) -> None:
         subprocess.run(["xdotool", *map(str, words)], env=self._environ, check=True)
         time.sleep(1)
@@ -280,7 +290,7 @@ def screen(request: pytest.FixtureRequest, home: Path, system: Path) -> Iterator
         opened.close()
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_the_thumbnail_is_on_the_screen(
     coded: Path, data: bytes, screen: Screen, request: pytest.FixtureRequest
 ) -> None:
@@ -314,14 +324,7 @@ def chosen(screen: Screen, picture: Image.Image, keys: str, due: Path) -> None:
     time.sleep(2)
     for key in [*keys.split(), "Return"]:
         screen.do("key", key)
-    end = time.monotonic() + 90
-    while not due.exists():
-        if time.monotonic() > end:
-            ImageGrab.grab(xdisplay=screen.display).save(
-                Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp")) / "perco-menu.png"
-            )
-            raise AssertionError(f"{due} was not written")
-        time.sleep(0.5)
+    screen.wait_for(due, 90)
 
 
 @pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
@@ -364,3 +367,33 @@ def test_status_is_content(system: Path, home: Path) -> None:
     )
     assert told.returncode == 0, told.stdout
     assert "runs, in GNOME's sandbox too (tried)" in told.stdout
+
+
+VIEWER = """[Desktop Entry]
+Type=Application
+Name=The viewer of this user
+Exec=/bin/sh {script} %f
+MimeType=image/png;
+"""
+
+
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
+def test_a_double_click_opens_the_picture_in_the_user_s_viewer(
+    coded: Path, data: bytes, home: Path, screen: Screen
+) -> None:
+    needs("xdg-open")
+    applications, shown, script = home / ".local/share/applications", home / "shown", home / "viewer.sh"
+    applications.mkdir(parents=True)
+    script.write_text(f'cp "$1" "{shown}.part" && mv "{shown}.part" "{shown}"\n')
+    (applications / "viewer.desktop").write_text(VIEWER.format(script=script))
+    (home / ".config").mkdir(exist_ok=True)
+    (home / ".config/mimeapps.list").write_text("[Default Applications]\nimage/png=viewer.desktop\n")
+    place = screen.find(preview.render(data, 128))
+    screen.do("mousemove", *place, "click", "--repeat", 2, "--delay", 80, 1)
+    try:
+        screen.wait_for(shown, 90)
+        with Image.open(shown, formats=["PNG"]) as picture:
+            error = np.asarray(picture.convert("RGB"), np.int16) - np.asarray(get_engine().decode(data), np.int16)
+            assert np.abs(error).max() <= 1
+    finally:
+        subprocess.run([PERCO, "service", "stop"], env=environment(home), check=False, capture_output=True)
