@@ -146,6 +146,15 @@ def test_what_is_there_already(photos: Path) -> None:
     assert Path("out/a.perco").read_bytes() != b"precious"
 
 
+def test_where_all_is_there_nothing_is_loaded(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo.save("a.jpg")
+    Path("a.perco").touch()
+    monkeypatch.setattr(batch, "convert", lambda *_: pytest.fail("the conversion was started"))
+    result = convert("a.jpg", "a.perco", "--skip-existing")
+    assert result.exit_code == 0 and "1 skipped" in result.stdout
+    assert Path("a.perco").read_bytes() == b""
+
+
 def test_a_dry_run_does_nothing(photos: Path) -> None:
     result = convert("in/a.jpg", "in/b [#]*", "out", "--dry-run")
     assert result.exit_code == 0 and not Path("out").exists()
