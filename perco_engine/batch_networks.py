@@ -1,6 +1,6 @@
 """The networks' part of a batch: which pictures go through them together, and how.
 
-Importing this leaves torch alone; `Networks.import_engine` imports it.
+Importing this leaves torch alone; the first batch imports it.
 """
 
 import os
@@ -74,7 +74,7 @@ class Item:
 
 
 class Networks:
-    """The engine, imported and loaded by the thread that runs it, so that reading does not wait for that."""
+    """The engine, imported (which takes seconds) and loaded by the thread that runs it: reading does not wait for that."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -82,10 +82,6 @@ class Networks:
         self._loaded = False
         self._pixels = 0
         self.make_thumbnails = False
-
-    def import_engine(self) -> None:
-        """Imports torch, which takes some seconds."""
-        from . import engine  # noqa: F401
 
     def load(self, encodes: bool) -> None:
         """Loads the model for encoding; makes a folder's model known for decoding.  Once only."""

@@ -139,7 +139,10 @@ def test_the_files_are_what_they_should_be(home: Path) -> None:
     for path in share.rglob("*pillow?perco*"):
         if path.is_file():
             assert "@" not in path.read_text(), path
-    compile((share / "nautilus-python/extensions/pillow_perco_menu.py").read_text(), "menu", "exec")
+    for name in ("nautilus", "caja"):
+        text = (share / f"{name}-python/extensions/pillow_perco_menu.py").read_text()
+        compile(text, "menu", "exec")
+        assert f"import GObject, {name.capitalize()}\n" in text
     assert (share / "kio/servicemenus/pillow-perco-encode.desktop").stat().st_mode & 0o111
     magic = ET.parse(share / "mime/packages/pillow-perco.xml").find(".//{*}match")
     assert magic is not None and magic.attrib["value"] == r"\x93PCo" and MAGIC == b"\x93PCo"
@@ -215,7 +218,7 @@ def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     perco("install")
     monkeypatch.setenv("XDG_CURRENT_DESKTOP", "ubuntu:GNOME")
     result = perco("status")
-    assert "installed, 12 files" in result.output and "desktop install --system" in result.output
+    assert "installed, 13 files" in result.output and "desktop install --system" in result.output
     helper_in_usr = "in GNOME's sandbox too" in result.output
     assert result.exit_code == (0 if helper_in_usr else 1)
     monkeypatch.setenv("XDG_CURRENT_DESKTOP", "XFCE")

@@ -283,6 +283,8 @@ def screen(request: pytest.FixtureRequest, home: Path, system: Path) -> Iterator
     """The file manager that the test is run with."""
     program = request.param
     needs("Xvfb", "xdotool", "dbus-run-session", program)
+    if program == "caja":  # whose menu is each user's own
+        subprocess.run([PERCO, "desktop", "install"], env=environment(home), check=True, capture_output=True)
     opened = Screen(program, home / "pictures", home, 80 + os.getpid() % 100)
     try:
         yield opened
@@ -310,10 +312,21 @@ def photo_file(home: Path) -> Path:
     return path
 
 
-FROM_A_PHOTO = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up Right Down Down Down Down"}
+FROM_A_PHOTO = {
+    "thunar": "Up Up",
+    "nemo": "Down Down Down",
+    "nautilus": "Up Up Right Down Down Down Down",
+    "caja": "Up Up Right Down Down Down",
+}
 """The keys from the opened menu to "Convert to PerCo", the finest rate."""
 
-TO_PNG = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up"}
+TO_PNG = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up", "caja": "Up Up"}
+
+
+def _needs_extensions(program: str) -> None:
+    """What the menus of Nautilus and Caja, which are written in Python, need."""
+    if program in ("nautilus", "caja"):
+        needs(gi=("Nautilus", "4.0") if program == "nautilus" else ("Caja", "2.0"))
 
 
 def chosen(screen: Screen, picture: Image.Image, keys: str, due: Path) -> None:
@@ -327,22 +340,20 @@ def chosen(screen: Screen, picture: Image.Image, keys: str, due: Path) -> None:
     screen.wait_for(due, 90)
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_a_photo_is_converted_by_a_click(photo_file: Path, screen: Screen, request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["screen"] == "nautilus":
-        needs(gi=("Nautilus", "4.0"))
+    _needs_extensions(request.node.callspec.params["screen"])
     with Image.open(photo_file) as photo:
         shown = photo.convert("RGB")
     chosen(screen, shown, FROM_A_PHOTO[request.node.callspec.params["screen"]], photo_file.with_suffix(".perco"))
     assert get_engine().codes(photo_file.with_suffix(".perco").read_bytes()).rate_point == 4
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_a_perco_file_becomes_a_png_by_a_click(
     coded: Path, data: bytes, screen: Screen, request: pytest.FixtureRequest
 ) -> None:
-    if request.node.callspec.params["screen"] == "nautilus":
-        needs(gi=("Nautilus", "4.0"))
+    _needs_extensions(request.node.callspec.params["screen"])
     chosen(screen, preview.render(data, 128), TO_PNG[request.node.callspec.params["screen"]], coded.with_suffix(".png"))
     with Image.open(coded.with_suffix(".png")) as picture:
         assert picture.size == (384, 256)

@@ -183,7 +183,7 @@ def advice(place: Place) -> Iterator[str]:
     helper = thumbnailer_of(place)
     if helper is not None and helper.exists() and not seen_by_sandbox(helper):
         yield f"GNOME runs thumbnailers in a sandbox that does not see {helper}. For GNOME: {install_system()}"
-    yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q)."
+    yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q; caja -q)."
 
 
 def _unreadable(path: Path) -> Path | None:
