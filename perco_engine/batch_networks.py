@@ -74,7 +74,7 @@ class Item:
 
 
 class Networks:
-    """The engine, imported (which takes seconds) and loaded by the thread that runs it: reading does not wait for that."""
+    """The engine, imported and loaded by the thread that runs it, so that reading does not wait for these seconds."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
