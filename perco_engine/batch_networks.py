@@ -28,7 +28,7 @@ MOST_IN_BATCH_CPU = 4
 
 RELEASE_PIXELS = 4 << 20
 """After so many pixels what the networks have freed goes back to the system: often enough for memory to stay flat, and
-seldom enough to take no more than a hundredth of the time."""
+seldom enough to take a few hundredths of the time at most."""
 
 
 @dataclass(frozen=True)
