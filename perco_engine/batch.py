@@ -188,7 +188,6 @@ class _Work:
 
     def _run_networks(self) -> None:
         """Batches while there are any; thumbnails of what is written when there are none."""
-        self._networks.import_engine()
         waiting: dict[tuple[Any, ...], list[Item]] = {}
         written: list[Path] = []
         reading = READERS

@@ -1,6 +1,6 @@
 """The networks' part of a batch: which pictures go through them together, and how.
 
-Importing this leaves torch alone; `Networks.import_engine` imports it.
+Importing this leaves torch alone; the first batch imports it.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from . import thumbnails
+from . import heap, thumbnails
 from .bitstream import read_header
 from .codes import Metadata
 from .conversion import Task
@@ -24,6 +24,11 @@ MOST_IN_BATCH = 32
 
 MOST_IN_BATCH_CPU = 4
 """A CPU gains nothing from more, which only take memory."""
+
+
+RELEASE_PIXELS = 4 << 20
+"""After so many pixels what the networks have freed goes back to the system: often enough for memory to stay flat, and
+seldom enough to take a few hundredths of the time at most."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,14 @@ class Item:
 
 
 class Networks:
-    """The engine, imported and loaded by the thread that runs it, so that reading does not wait for that."""
+    """The engine, imported and loaded by the thread that runs it, so that reading does not wait for these seconds."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._engine: Engine | FamilyEngine | None = None
         self._loaded = False
+        self._pixels = 0
         self.make_thumbnails = False
-
-    def import_engine(self) -> None:
-        """Imports torch, which takes some seconds."""
-        from . import engine  # noqa: F401
 
     def load(self, encodes: bool) -> None:
         """Loads the model for encoding; makes a folder's model known for decoding.  Once only."""
@@ -97,6 +99,13 @@ class Networks:
 
     def run(self, batch: Sequence[Item]) -> None:
         """Files of pictures of one size, or pictures of files of one size and model, each into its item."""
+        self._run(batch)
+        self._pixels += sum(item.pixels for item in batch)
+        if self._pixels >= RELEASE_PIXELS:
+            heap.release()
+            self._pixels = 0
+
+    def _run(self, batch: Sequence[Item]) -> None:
         from .engine import get_engine_for
 
         settings = self._settings

@@ -4,7 +4,7 @@
                     └─> a colour for each code (other models)       ──┘
 
 `decode` is exact: what `PercoPipeline.decode_preview` gives, up to rounding.  `render` is quick: of a large picture it
-reads the grids that its size needs, and runs no more of their networks than MOST_MULTIPLICATIONS allow.
+reads the grids that its size needs, and runs their networks as coarsely as MOST_MULTIPLICATIONS ask for.
 """
 
 import functools
@@ -28,14 +28,13 @@ from .rates import Grid, RatePoint, ladder
 MOST_EXACT_PIXELS = 4 << 20
 """The largest picture whose preview is decoded exactly here: for a larger one, the import of torch pays off."""
 
-MOST_MULTIPLICATIONS = 36e9
-"""What the networks may take in `render`: about a second of one core."""
+MOST_MULTIPLICATIONS = 45e9
+"""What the networks may take in `render` for the whole picture: a little more than a second of one core."""
 
-LINEAR_SHARE = 0.45
-"""How much of a finer level's linear part counts where its network, which takes the rest back, is left out: 2 to 3 dB
-better on photos than all of it, at every rate."""
+COARSEST = 4
+"""Halvings; what is left of the work is little then, whatever the picture's size."""
 
-MOST_CODES = 1 << 17
+MOST_CODES = 100_000
 """How many codes are read in `render`: with a prior, about a second."""
 
 COLOURS = "preview_colours.npy"
@@ -96,22 +95,29 @@ class Previewer:
             pixels = fit(self.colours[codes.indices[0]], grid.pixels_per_index)
         else:
             codes = self.codes(data, grids=self._needed(width_px, height_px, scale))
-            latents = -(-width_px // PATCH) * -(-height_px // PATCH)
-            costs = np.cumsum([self.networks.multiplications(k) * latents for k in range(len(codes.indices))])
-            affordable = int((costs <= MOST_MULTIPLICATIONS).sum())
-            if affordable:
-                reduction = next((r for r in REDUCTIONS if r <= scale), 1)
-                small = self.networks.decode(codes.indices[:affordable], height_px, width_px, reduction)
-                pixels = fit(small, reduction)
+            rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
+            halvings = self._halvings(len(codes.indices), rows * columns)
+            if halvings:
+                latents = self.networks.coarse_latents(codes.indices, rows, columns, halvings)
+                pixels = fit(self.networks.coarse_colours(latents), PATCH << halvings)
             else:
-                pixels = np.tile(self.networks.background, (size[1], size[0], 1))
-            for k in range(affordable, len(codes.indices)):
-                colours = self.networks.colours(k) * np.float32(LINEAR_SHARE if k else 1)
-                pixels = pixels + fit(colours[codes.indices[k]], self.networks.grids[k][0])
+                reduction = next((r for r in REDUCTIONS if r <= scale), 1)
+                pixels = fit(self.networks.decode(codes.indices, height_px, width_px, reduction), reduction)
         picture = Image.fromarray(as_levels(pixels))
         if codes.alpha is not None:
             picture.putalpha(opacity(codes.alpha, width_px, height_px, size))
         return picture
+
+    def _halvings(self, grids: int, latents: int) -> int:
+        """How much coarser than the latents the networks run, as a power of two, to take no more than they may."""
+        assert self.networks is not None
+        halvings = 0
+        while (
+            halvings < COARSEST
+            and sum(self.networks.multiplications(k, halvings) for k in range(grids)) * latents > MOST_MULTIPLICATIONS
+        ):
+            halvings += 1
+        return halvings
 
     def _needed(self, width_px: int, height_px: int, scale: float) -> int:
         """How many grids, coarse to fine, change what a result can show that is `scale` times smaller; at least 1."""

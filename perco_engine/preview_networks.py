@@ -9,6 +9,7 @@ What models/ladder.py and models/autoencoder.py compute in torch, on the same we
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ PATCH = 8
 """Pixels a side of one latent."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+PLACE = 64
+"""Latents a side of the places where a coarse decoding is fitted to the right one."""
+
+PLACES = 2
+"""How many of them there are along each side of a picture."""
+
+RIDGE = 1e-3
+"""Keeps that fit tame where a place is flat: of the mean square of what it knows."""
 
 Take = Callable[[str], NDArray[Any]]
 
@@ -51,22 +61,66 @@ class Level:
         x += self._convolve(f"{name}.conv2", silu(self._convolve(f"{name}.conv1", silu(x.copy()))))
         return x
 
-    def linear(self, indices: NDArray[np.integer], rows: int, columns: int) -> Array:
-        """What codes of this level, (r, c), change by its linear part alone: (rows, columns, channels)."""
-        codes = self.codes[indices]
-        return interpolate(codes, 1 << self.halvings, rows, columns) if self.halvings else codes
+    def terms(self, indices: NDArray[np.integer], estimate: Array, halvings: int = 0) -> tuple[Array, Array]:
+        """What codes of this level, (r, c), change the estimate by: the linear part, and the network's.
+
+        halvings: the estimate is of 2**halvings latents a side; 0 is what the networks were trained for.  Otherwise
+        what they would do on finer grids is done on this one, which is a rough likeness.
+        Both terms have the estimate's shape, (rows, columns, channels).
+        """
+        rows, columns, _ = estimate.shape
+        codes = pool(self.codes[indices], max(0, halvings - self.halvings))
+        growing = max(0, self.halvings - halvings)
+        x = np.concatenate([codes, pool(estimate, growing)], 2)
+        x = self._block("grow.0", self._convolve("enter", x))
+        for k in range(self.halvings):
+            left = growing - 1 - k
+            if left >= 0:
+                x = repeat(x, -(-rows >> left), -(-columns >> left))
+            x = self._block(f"grow.{k + 1}", self._convolve(f"smooth.{k}", x))
+        x = silu(self._convolve("leave.0", np.concatenate([x, estimate], 2)))
+        linear = interpolate(codes, 1 << growing, rows, columns) if growing else codes
+        return linear, self._convolve("leave.2", x)
 
     def decode(self, indices: NDArray[np.integer], estimate: Array) -> Array:
         """The better estimate of the latents (rows, columns, channels), from codes (r, c) and the estimate before."""
-        rows, columns, _ = estimate.shape
-        x = np.concatenate([self.codes[indices], pool(estimate, self.halvings)], 2)
-        x = self._block("grow.0", self._convolve("enter", x))
-        for k in range(self.halvings):
-            left = self.halvings - 1 - k
-            x = repeat(x, -(-rows >> left), -(-columns >> left))
-            x = self._block(f"grow.{k + 1}", self._convolve(f"smooth.{k}", x))
-        x = silu(self._convolve("leave.0", np.concatenate([x, estimate], 2)))
-        return estimate + self.linear(indices, rows, columns) + self._convolve("leave.2", x)
+        linear, network = self.terms(indices, estimate)
+        return estimate + linear + network
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A stretch of latents along one side, from `start`, and how many at its ends are spoilt by what is cut off."""
+
+    start: int
+    size: int
+    margin: int
+
+    def cells(self, halvings: int) -> slice:
+        """It as a slice of a grid with cells of 2**halvings latents."""
+        return slice(self.start >> halvings, -(-(self.start + self.size) >> halvings))
+
+    def inner(self, halvings: int) -> slice:
+        """The same without its ends."""
+        return _Place(self.start + self.margin, self.size - 2 * self.margin, 0).cells(halvings)
+
+    def inner_of_place(self) -> slice:
+        """What `inner` is, as a slice of the latents of this place."""
+        return slice(self.margin, self.size - self.margin)
+
+
+def _places(size: int, unit: int) -> list[_Place]:
+    """PLACES stretches, spread over `size` latents and aligned to `unit`; the whole where that is hardly longer."""
+    place = max(PLACE, 4 * unit)
+    if size <= PLACES * place:
+        return [_Place(0, size, 0)]
+    starts = ((2 * k + 1) * (size - place) // (2 * PLACES) for k in range(PLACES))
+    return [_Place(start // unit * unit, place, unit) for start in starts]
+
+
+def _rows(x: Array) -> Array:
+    """The cells of (rows, columns, channels) in one list."""
+    return x.reshape(-1, x.shape[2])
 
 
 class PreviewNetworks:
@@ -95,23 +149,14 @@ class PreviewNetworks:
             self._levels[k] = Level(lambda name: self._take(f"levels.{k}.{name}"), halvings)
         return self._levels[k]
 
-    def multiplications(self, level: int) -> int:
-        """About how many multiplications the networks of a level take for each latent."""
+    def multiplications(self, level: int, halvings: int = 0) -> float:
+        """About how many multiplications the networks of a level take for each latent; see `Level.terms`."""
         width = int(self._take(f"levels.{level}.enter.bias").shape[0])
-        coarser = sum(3 / 4**k for k in range(1, self._level(level).halvings + 1))
-        return int(9 * width**2 * (4.5 + coarser))
-
-    @property
-    def background(self) -> Array:
-        """The colour of latents of zero: (3,), about 0..1."""
-        colour: Array = self._bias.reshape(3, -1).mean(1) / 2 + np.float32(0.5)
-        return colour
-
-    def colours(self, level: int) -> Array:
-        """What each code of a level changes the mean colour of its cell by, by its linear part alone: (codes, 3)."""
-        to_colour = self._weight.reshape(3, -1, *self._weight.shape[1:]).mean(1).sum((2, 3))
-        change: Array = self._level(level).codes @ to_colour.T / 2
-        return change
+        growing = self._level(level).halvings
+        # In convolutions of width to width: those of the coarsest grid, three for each halving, and the last two.
+        steps = [3.25, *[3.0] * growing]
+        cost = sum(count / 4 ** max(growing - k, halvings) for k, count in enumerate(steps)) + 1.5 / 4**halvings
+        return float(9 * width**2 * cost)
 
     def latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int) -> Array:
         """The estimate of the latents (rows, columns, channels) that grids of codes, (r, c) for each level, give."""
@@ -119,6 +164,43 @@ class PreviewNetworks:
         for k, grid in enumerate(indices):
             estimate = self._level(k).decode(grid, estimate)
         return estimate
+
+    def coarse_latents(self, indices: Sequence[NDArray[np.integer]], rows: int, columns: int, halvings: int) -> Array:
+        """The same of a large picture, as means of 2**halvings latents a side, for a fraction of the work.
+
+        The networks run on the coarse grid, where they are off; by how much is learnt in places of this picture that
+        they are run on as they should be.  A least-squares fit for each level, so nothing here knows the weights.
+        """
+        unit = 1 << max(halvings, *(self._level(k).halvings for k in range(len(indices))))
+        places = [(y, x) for y in _places(rows, unit) for x in _places(columns, unit)]
+        exact = [np.zeros((y.size, x.size, self._weight.shape[1]), np.float32) for y, x in places]
+        estimate = np.zeros((-(-rows >> halvings), -(-columns >> halvings), self._weight.shape[1]), np.float32)
+        ones = np.ones((*estimate.shape[:2], 1), np.float32)
+        for k, grid in enumerate(indices):
+            level = self._level(k)
+            exact = [
+                level.decode(grid[y.cells(level.halvings), x.cells(level.halvings)], part)
+                for (y, x), part in zip(places, exact, strict=True)
+            ]
+            known = np.concatenate([estimate, *level.terms(grid, estimate, halvings), ones], 2)
+            seen = np.concatenate([_rows(known[y.inner(halvings), x.inner(halvings)]) for y, x in places])
+            wanted = np.concatenate(
+                [
+                    _rows(pool(part[y.inner_of_place(), x.inner_of_place()], halvings))
+                    for (y, x), part in zip(places, exact, strict=True)
+                ]
+            )
+            squares = seen.T @ seen
+            squares += np.eye(len(squares), dtype=np.float32) * (RIDGE * np.trace(squares) / len(squares))
+            fitted = np.linalg.solve(squares, seen.T @ wanted)
+            estimate = (_rows(known) @ fitted).reshape(estimate.shape)
+        return estimate
+
+    def coarse_colours(self, latents: Array) -> Array:
+        """The colour of each cell of latents that are means: (rows, columns, 3), about 0..1."""
+        to_colour = self._weight.reshape(3, -1, *self._weight.shape[1:]).mean(1).sum((2, 3))
+        colours: Array = (latents @ to_colour.T + self._bias.reshape(3, -1).mean(1)) / 2 + np.float32(0.5)
+        return colours
 
     def synthesis(self, latents: Array, reduction: int) -> Array:
         """Latents to pixels (rows * 8/reduction, columns * 8/reduction, 3), about -1..1, by the linear map alone."""

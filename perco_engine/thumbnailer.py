@@ -3,14 +3,17 @@
     bytes ─> preview.render ─> PNG in memory ─> OUTPUT, in one go          (--quality full: the engine instead)
 
 A cold process for each file, perhaps in a sandbox with a read-only /usr and nothing else: no torch, no network, no
-home, no files but INPUT and OUTPUT.  Whatever the file says, it ends after MOST_SECONDS, within MOST_BYTES of memory,
-and a file that cannot be shown leaves no OUTPUT.
+home, no files but INPUT and OUTPUT.  Whatever the file says, it ends after MOST_SECONDS of work, within MOST_BYTES of
+memory; whatever lies below the files, it waits no longer for them than MOST_SECONDS_WAITING.  A file that cannot be
+shown leaves no OUTPUT.
 """
 
 import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MOST_SECONDS = 4.0
+MOST_SECONDS_WAITING = 4.0
+"""For a disk or a pipe, before and after that work.  Of waiting the clock counts; of work, the process's own time."""
+
 MOST_BYTES = 280 << 20
 MOST_FILE_BYTES = 32 << 20
 """A larger file is metadata for the most part, all of which would have to be read."""
@@ -49,9 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.quality == "fast":
             limit()
         size_px = min(options.size, LARGEST_PX)
-        data = read(source)
+        with waiting(f"{source} cannot be read"):
+            data = read(source)
         picture = full(data, size_px) if options.quality == "full" else fast(data, size_px)
-        write(source, target, picture)
+        with waiting(f"{target} cannot be written"):
+            write(source, target, picture)
     except (PercoError, OSError, ValueError) as error:
         print(f"perco-thumbnailer: {error}", file=sys.stderr)
         return 1
@@ -81,6 +89,29 @@ def limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or hard > MOST_BYTES:
         resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, hard))
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A context that raises TimeoutError after MOST_SECONDS_WAITING by the clock, where the system can.
+
+    what: cannot be done, as the error tells.
+    """
+    import signal
+
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"{what}: it takes more than {MOST_SECONDS_WAITING:g} seconds")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS_WAITING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def read(source: Path) -> bytes:

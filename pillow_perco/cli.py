@@ -197,15 +197,18 @@ def demo(photo: Path, out: Path) -> None:
     "--convert", "count", type=click.IntRange(10), metavar="N",
     help="Instead: convert N photos, and run the networks alone on the same ones.",
 )  # fmt: skip
-def bench(photo: Path, as_json: bool, times: int, count: int | None) -> None:
+@click.option("--mixed", is_flag=True, help="With --convert: photos of many sizes.")
+def bench(photo: Path, as_json: bool, times: int, count: int | None, mixed: bool) -> None:
     """Measure what importing, opening, encoding and decoding cost on this machine."""
     from perco_engine.evaluation import bench as benchmark
     from perco_engine.evaluation import bench_convert
 
     if count is None:
+        if mixed:
+            raise click.UsageError("--mixed goes with --convert N")
         result = benchmark.measure(read_photo(photo), times)
     else:
-        result = bench_convert.measure(read_photo(photo), count)
+        result = bench_convert.measure(read_photo(photo), count, mixed=mixed)
     click.echo(benchmark.to_json(result) if as_json else benchmark.table(result))
 
 

@@ -95,7 +95,8 @@ def convert(
     if watch is None:
         for task in skipped:
             report.tell(task, "skipped")
-    if dry_run:
+    if watch is None and (dry_run or not tasks):
+        # Where nothing is left to do, the networks are not loaded for it.
         for task in tasks:
             report.tell(task, "planned")
         report.end()
@@ -128,7 +129,8 @@ def _planned(request: Request, existing: str | None) -> tuple[list[Task], list[T
             f"{len(there)} of {len(tasks)} files to write are there already "
             f"({conversion.some([task.target for task in there])}): say --skip-existing to go on, or --overwrite"
         )
-    return [task for task in tasks if task not in set(there)], there
+    skipped = set(there)
+    return [task for task in tasks if task not in skipped], there
 
 
 @dataclass

@@ -68,13 +68,13 @@ def uninstall(**where: Any) -> None:
 
 @desktop.command()
 def status() -> None:
-    """Tell which points are installed, and whether each would really work."""
+    """Tell which points are installed, and whether each would really work; 1 where one of them does not, or none is."""
     from .desktop import check
 
     faults = 0
     for finding in check.findings():
         click.echo(finding.line)
-        faults += finding.mend != ""
+        faults += bool(finding.mend) and finding.fault
     sys.exit(1 if faults else 0)
 
 

@@ -146,6 +146,22 @@ def test_what_is_there_already(photos: Path) -> None:
     assert Path("out/a.perco").read_bytes() != b"precious"
 
 
+def test_where_all_is_there_nothing_is_loaded(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo.save("a.jpg")
+    Path("a.perco").touch()
+    monkeypatch.setattr(batch, "convert", lambda *_: pytest.fail("the conversion was started"))
+    result = convert("a.jpg", "a.perco", "--skip-existing")
+    assert result.exit_code == 0 and "1 skipped" in result.stdout
+    assert Path("a.perco").read_bytes() == b""
+
+
+def test_where_nothing_can_be_read_torch_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    program = "import sys; from pillow_perco.cli import main; code = main(['convert', 'bad.jpg', 'gone.jpg', 'out'],"
+    program += "standalone_mode=False); sys.exit(10 + ('torch' in sys.modules) if code == 1 else 9)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode == 10
+
+
 def test_a_dry_run_does_nothing(photos: Path) -> None:
     result = convert("in/a.jpg", "in/b [#]*", "out", "--dry-run")
     assert result.exit_code == 0 and not Path("out").exists()

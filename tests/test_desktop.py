@@ -139,7 +139,10 @@ def test_the_files_are_what_they_should_be(home: Path) -> None:
     for path in share.rglob("*pillow?perco*"):
         if path.is_file():
             assert "@" not in path.read_text(), path
-    compile((share / "nautilus-python/extensions/pillow_perco_menu.py").read_text(), "menu", "exec")
+    for name in ("nautilus", "caja"):
+        text = (share / f"{name}-python/extensions/pillow_perco_menu.py").read_text()
+        compile(text, "menu", "exec")
+        assert f"import GObject, {name.capitalize()}\n" in text
     assert (share / "kio/servicemenus/pillow-perco-encode.desktop").stat().st_mode & 0o111
     magic = ET.parse(share / "mime/packages/pillow-perco.xml").find(".//{*}match")
     assert magic is not None and magic.attrib["value"] == r"\x93PCo" and MAGIC == b"\x93PCo"
@@ -213,16 +216,29 @@ def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(points.system_place, "__defaults__", (home / "usr/local", None))
     assert "not installed: perco desktop install" in perco("status").output
     perco("install")
-    output = perco("status").output
-    assert "installed, 12 files" in output and "sudo perco desktop install --system" in output
+    monkeypatch.setenv("XDG_CURRENT_DESKTOP", "ubuntu:GNOME")
+    result = perco("status")
+    assert "installed, 13 files" in result.output and "desktop install --system" in result.output
+    helper_in_usr = "in GNOME's sandbox too" in result.output
+    assert result.exit_code == (0 if helper_in_usr else 1)
+    monkeypatch.setenv("XDG_CURRENT_DESKTOP", "XFCE")
+    assert perco("status").exit_code == 0
     (home / ".local/share/nemo/actions/pillow-perco-tiny.nemo_action").unlink()
-    assert "changed or removed (pillow-perco-tiny.nemo_action, ...): perco desktop install" in perco("status").output
+    result = perco("status")
+    assert "changed or removed (pillow-perco-tiny.nemo_action, ...): perco desktop install" in result.output
+    assert result.exit_code == 1
     (home / ".config/Thunar/uca.xml").write_text(OTHERS)
     assert "our entries are not in" in perco("status").output
     manifest = home / ".local/share/pillow-perco/desktop.json"
     manifest.write_text(json.dumps({"nonsense": 1}))
     assert "damaged" in perco("status").output
     assert "Pillow plugin            registered" in CliRunner().invoke(main, ["doctor"]).output
+
+
+def test_the_command_for_all_users_is_one_that_sudo_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for own, said in (("/home/a b/bin/perco", "'/home/a b/bin/perco'"), ("/usr/local/bin/perco", "perco")):
+        monkeypatch.setattr(points, "script", lambda name, own=own: Path(own))
+        assert check.install_system() == f"sudo {said} desktop install --system"
 
 
 def test_what_the_sandbox_sees(tmp_path: Path) -> None:

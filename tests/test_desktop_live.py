@@ -238,6 +238,16 @@ class Screen:
         screen.save(Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp")) / "perco-not-found.png")
         raise AssertionError(f"the thumbnail is not on the screen (likeness {best:.2f})")
 
+    def wait_for(self, due: Path, seconds: float) -> None:
+        """Waits until a file is there; where it does not come, keeps what is on the screen."""
+        end = time.monotonic() + seconds
+        while not due.exists():
+            if time.monotonic() > end:
+                folder = Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp"))
+                ImageGrab.grab(xdisplay=self.display).save(folder / "perco-menu.png")
+                raise AssertionError(f"{due} was not written")
+            time.sleep(0.5)
+
     def do(self, *words: object) -> None:
         subprocess.run(["xdotool", *map(str, words)], env=self._environ, check=True)
         time.sleep(1)
@@ -273,6 +283,8 @@ def screen(request: pytest.FixtureRequest, home: Path, system: Path) -> Iterator
     """The file manager that the test is run with."""
     program = request.param
     needs("Xvfb", "xdotool", "dbus-run-session", program)
+    if program == "caja":  # whose menu is each user's own
+        subprocess.run([PERCO, "desktop", "install"], env=environment(home), check=True, capture_output=True)
     opened = Screen(program, home / "pictures", home, 80 + os.getpid() % 100)
     try:
         yield opened
@@ -280,7 +292,7 @@ def screen(request: pytest.FixtureRequest, home: Path, system: Path) -> Iterator
         opened.close()
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_the_thumbnail_is_on_the_screen(
     coded: Path, data: bytes, screen: Screen, request: pytest.FixtureRequest
 ) -> None:
@@ -300,10 +312,21 @@ def photo_file(home: Path) -> Path:
     return path
 
 
-FROM_A_PHOTO = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up Right Down Down Down Down"}
+FROM_A_PHOTO = {
+    "thunar": "Up Up",
+    "nemo": "Down Down Down",
+    "nautilus": "Up Up Right Down Down Down Down",
+    "caja": "Up Up Right Down Down Down",
+}
 """The keys from the opened menu to "Convert to PerCo", the finest rate."""
 
-TO_PNG = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up"}
+TO_PNG = {"thunar": "Up Up", "nemo": "Down Down Down", "nautilus": "Up Up", "caja": "Up Up"}
+
+
+def _needs_extensions(program: str) -> None:
+    """What the menus of Nautilus and Caja, which are written in Python, need."""
+    if program in ("nautilus", "caja"):
+        needs(gi=("Nautilus", "4.0") if program == "nautilus" else ("Caja", "2.0"))
 
 
 def chosen(screen: Screen, picture: Image.Image, keys: str, due: Path) -> None:
@@ -314,32 +337,23 @@ def chosen(screen: Screen, picture: Image.Image, keys: str, due: Path) -> None:
     time.sleep(2)
     for key in [*keys.split(), "Return"]:
         screen.do("key", key)
-    end = time.monotonic() + 90
-    while not due.exists():
-        if time.monotonic() > end:
-            ImageGrab.grab(xdisplay=screen.display).save(
-                Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp")) / "perco-menu.png"
-            )
-            raise AssertionError(f"{due} was not written")
-        time.sleep(0.5)
+    screen.wait_for(due, 90)
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_a_photo_is_converted_by_a_click(photo_file: Path, screen: Screen, request: pytest.FixtureRequest) -> None:
-    if request.node.callspec.params["screen"] == "nautilus":
-        needs(gi=("Nautilus", "4.0"))
+    _needs_extensions(request.node.callspec.params["screen"])
     with Image.open(photo_file) as photo:
         shown = photo.convert("RGB")
     chosen(screen, shown, FROM_A_PHOTO[request.node.callspec.params["screen"]], photo_file.with_suffix(".perco"))
     assert get_engine().codes(photo_file.with_suffix(".perco").read_bytes()).rate_point == 4
 
 
-@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo"], indirect=True)
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
 def test_a_perco_file_becomes_a_png_by_a_click(
     coded: Path, data: bytes, screen: Screen, request: pytest.FixtureRequest
 ) -> None:
-    if request.node.callspec.params["screen"] == "nautilus":
-        needs(gi=("Nautilus", "4.0"))
+    _needs_extensions(request.node.callspec.params["screen"])
     chosen(screen, preview.render(data, 128), TO_PNG[request.node.callspec.params["screen"]], coded.with_suffix(".png"))
     with Image.open(coded.with_suffix(".png")) as picture:
         assert picture.size == (384, 256)
@@ -364,3 +378,33 @@ def test_status_is_content(system: Path, home: Path) -> None:
     )
     assert told.returncode == 0, told.stdout
     assert "runs, in GNOME's sandbox too (tried)" in told.stdout
+
+
+VIEWER = """[Desktop Entry]
+Type=Application
+Name=The viewer of this user
+Exec=/bin/sh {script} %f
+MimeType=image/png;
+"""
+
+
+@pytest.mark.parametrize("screen", ["thunar", "nautilus", "nemo", "caja"], indirect=True)
+def test_a_double_click_opens_the_picture_in_the_user_s_viewer(
+    coded: Path, data: bytes, home: Path, screen: Screen
+) -> None:
+    needs("xdg-open")
+    applications, shown, script = home / ".local/share/applications", home / "shown", home / "viewer.sh"
+    applications.mkdir(parents=True)
+    script.write_text(f'cp "$1" "{shown}.part" && mv "{shown}.part" "{shown}"\n')
+    (applications / "viewer.desktop").write_text(VIEWER.format(script=script))
+    (home / ".config").mkdir(exist_ok=True)
+    (home / ".config/mimeapps.list").write_text("[Default Applications]\nimage/png=viewer.desktop\n")
+    place = screen.find(preview.render(data, 128))
+    screen.do("mousemove", *place, "click", "--repeat", 2, "--delay", 80, 1)
+    try:
+        screen.wait_for(shown, 90)
+        with Image.open(shown, formats=["PNG"]) as picture:
+            error = np.asarray(picture.convert("RGB"), np.int16) - np.asarray(get_engine().decode(data), np.int16)
+            assert np.abs(error).max() <= 1
+    finally:
+        subprocess.run([PERCO, "service", "stop"], env=environment(home), check=False, capture_output=True)

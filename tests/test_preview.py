@@ -59,12 +59,19 @@ def test_a_render_looks_like_the_picture(photo: Image.Image) -> None:
     assert np.abs(np.asarray(preview.render(data, 96), np.float32) - decoded).mean() < 5
 
 
-def test_large_pictures_take_fewer_networks(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = get_engine().encode(photo, bpp=0.166)
-    exact = np.asarray(preview.render(data, 48), np.float32)
-    for most, nearness in ((1e9, 1), (2e8, 20), (0, 40)):
+def test_networks_of_large_pictures_run_coarsely(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide enough for places to be fitted in, and the right picture outside of them too."""
+    wide = photo.resize((1600, 200), Image.Resampling.BICUBIC)
+    data = get_engine().encode(wide, bpp=0.166)
+    latents = 200 * 25
+    maker = preview.previewer(weights.find("embedded"))
+    exact = np.asarray(preview.render(data, 100), np.float32)
+    for most, halvings, nearness in ((5e9, 0, 0), (3e9, 1, 9), (1e9, 2, 20)):
         monkeypatch.setattr(preview, "MOST_MULTIPLICATIONS", most)
-        assert np.abs(np.asarray(preview.render(data, 48), np.float32) - exact).mean() < nearness
+        assert maker._halvings(5, latents) == halvings
+        error = np.abs(np.asarray(preview.render(data, 100), np.float32) - exact).mean()
+        assert error <= nearness
+    assert maker._halvings(5, 10**9) == preview.COARSEST
 
 
 def test_opacity(photo: Image.Image) -> None:

@@ -156,6 +156,19 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert thumbnail(tmp_path / "x.perco", tmp_path / "x.png", timeout=20).returncode == 1
 
 
+@pytest.mark.parametrize("blocked", ["input", "output"])
+def test_what_blocks_is_not_waited_for_for_ever(coded: Path, tmp_path: Path, blocked: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    # A file whose bytes do not come, as on a network that is gone, is a pipe that is taken for a file.
+    program = "import pathlib, sys; from perco_engine import thumbnailer; thumbnailer.MOST_SECONDS_WAITING = 0.3;"
+    program += "pathlib.Path.is_file = lambda path: True; sys.exit(thumbnailer.main())"
+    paths = (tmp_path / "pipe", tmp_path / "x.png") if blocked == "input" else (coded, tmp_path / "pipe")
+    command = [sys.executable, "-c", program, *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode == 1 and f"{tmp_path / 'pipe'} cannot be" in run.stderr and "0.3 seconds" in run.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_full_quality_is_the_engine_s(coded: Path, tmp_path: Path, photo: Image.Image) -> None:
     command = [sys.executable, "-m", "perco_engine.thumbnailer", "--quality", "full", "-s", "96"]
     subprocess.run([*command, coded, tmp_path / "x.png"], check=True)

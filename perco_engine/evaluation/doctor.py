@@ -40,7 +40,7 @@ def report() -> Iterator[str]:
         except ModelUnavailable as error:
             where = str(error)
         yield f"{'model ' + spec.name:<24} {where}"
-    yield f"{'models folder':<24} {weights.models_folder()} (moved by PERCO_HOME)"
+    yield f"{'models folder':<24} {weights.models_folder()} (PERCO_HOME names another)"
     compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
     yield f"{'C++ compiler, ninja':<24} {compiler or 'none'}, {ninja or 'none'}"
     if torchac_backend.available():

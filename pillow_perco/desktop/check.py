@@ -1,5 +1,7 @@
 """Whether each desktop point would really work, and the command that mends what would not."""
 
+import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,21 +14,33 @@ from . import install, points
 from .manifest import Manifest
 from .points import Place
 
-INSTALL, INSTALL_SYSTEM = "perco desktop install", "sudo perco desktop install --system"
+INSTALL = "perco desktop install"
+SUDO_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
+"""Where sudo finds commands, whatever the user's own path is."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and the command that mends it ("" where nothing is wrong)."""
+    """What was looked at, what was found, and the command that mends it ("" where nothing is wrong).
+
+    fault: something that was installed does not work for this user; else the command is a hint.
+    """
 
     name: str
     found: str
     mend: str = ""
+    fault: bool = True
 
     @property
     def line(self) -> str:
         """As it is printed."""
         return f"{self.name:<24} {self.found}" + (f": {self.mend}" if self.mend else "")
+
+
+def install_system() -> str:
+    """The command that installs for all users, with the path that sudo would not find by itself."""
+    own = points.script("perco")
+    return f"sudo {'perco' if str(own.parent) in SUDO_PATH else shlex.quote(str(own))} desktop install --system"
 
 
 def findings() -> Iterator[Finding]:
@@ -50,7 +64,7 @@ def findings() -> Iterator[Finding]:
 
 def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
     """Whether what was installed is there, and current."""
-    name, mend = ("desktop, system", INSTALL_SYSTEM) if place.is_system else ("desktop, this user", INSTALL)
+    name, mend = ("desktop, system", install_system()) if place.is_system else ("desktop, this user", INSTALL)
     if not place.manifest.exists():
         yield Finding(name, "not installed", mend if wanted else "")
         return
@@ -79,7 +93,7 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
 
 def _database(installed: list[Place]) -> Iterator[Finding]:
     """Whether a file is known by its bytes and its name."""
-    mend = INSTALL_SYSTEM if installed[0].is_system else INSTALL
+    mend = install_system() if installed[0].is_system else INSTALL
     caches = [place.data / "mime" / "mime.cache" for place in installed]
     if any(b"image/x-perco" in (_read(cache) or b"") for cache in caches):
         yield Finding("MIME database", "knows image/x-perco")
@@ -102,7 +116,7 @@ def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
     """Whether file managers can run the thumbnailer, GNOME's sandbox included."""
     for place in installed:
         helper = thumbnailer_of(place)
-        mend = INSTALL_SYSTEM if place.is_system else INSTALL
+        mend = install_system() if place.is_system else INSTALL
         name = "thumbnailer, system" if place.is_system else "thumbnailer, this user"
         if helper is None:
             yield Finding(name, "no .thumbnailer file", mend)
@@ -111,7 +125,9 @@ def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
         elif run := _does_not_run(helper):
             yield Finding(name, f"{helper} does not run ({run})", mend)
         elif not seen_by_sandbox(helper):
-            yield Finding(name, f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME", INSTALL_SYSTEM)
+            on_gnome = "GNOME" in os.environ.get("XDG_CURRENT_DESKTOP", "").split(":")
+            text = f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME"
+            yield Finding(name, text, install_system(), fault=on_gnome)
         else:
             yield Finding(name, f"{helper} runs, in GNOME's sandbox too" + _sandboxed(helper))
 
@@ -166,8 +182,8 @@ def advice(place: Place) -> Iterator[str]:
     """What a user should know after an installation."""
     helper = thumbnailer_of(place)
     if helper is not None and helper.exists() and not seen_by_sandbox(helper):
-        yield f"GNOME runs thumbnailers in a sandbox that does not see {helper}. For GNOME: {INSTALL_SYSTEM}"
-    yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q)."
+        yield f"GNOME runs thumbnailers in a sandbox that does not see {helper}. For GNOME: {install_system()}"
+    yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q; caja -q)."
 
 
 def _unreadable(path: Path) -> Path | None:

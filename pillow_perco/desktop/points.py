@@ -113,6 +113,10 @@ def files(place: Place) -> dict[Path, tuple[bytes, int]]:
         ("kde/pillow-perco-decode.desktop", "kio/servicemenus/pillow-perco-decode.desktop", 0o755),
     ):
         made[place.data / target] = _filled(asset, values), mode
+    if not place.is_system:
+        # Caja's extensions are those of Nautilus by another name.  It reads the user's, and none in /usr/local.
+        menu = _filled("nautilus/pillow_perco_menu.py", values).replace(b"Nautilus", b"Caja")
+        made[place.data / "caja-python/extensions/pillow_perco_menu.py"] = menu, 0o644
     for label, bpp in RATES:
         target = f"nemo/actions/pillow-perco-{label}.nemo_action"
         made[place.data / target] = _filled("nemo/to-perco.nemo_action", values | {"LABEL": label, "BPP": bpp}), 0o644
