@@ -1,7 +1,7 @@
 """`perco captions`: whether captions do what they are for.
 
-Each photo is encoded once a rate, and its codes are decoded with the right caption, with none, and with that of another
-photo; the noise is the same.  What counts is the difference photo by photo, beside its standard error.
+Each photo becomes a file with the right caption, one with none, and one with that of another photo; codes and noise are
+the same.  What counts is the difference photo by photo, beside its standard error.
 """
 
 import json

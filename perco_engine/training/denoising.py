@@ -101,3 +101,21 @@ def walk(
             noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
             guess = unet(noisy, t, text, local_features=local).sample.float()
     return guess
+
+
+def diffusion_error(
+    unet: nn.Module,
+    scheduler: Any,
+    latents: Tensor,
+    noise: Tensor,
+    local: Tensor,
+    text: Tensor | None,
+    deviation: Tensor,
+) -> Tensor:
+    """The plain loss of diffusion, `latent_error` at noise levels drawn from all, so that more steps stay valid.
+
+    The arguments are those of `walk` and `latent_error`; no gradient reaches the local features.
+    """
+    t = torch.randint(0, WALK[0] + 1, (len(latents),), device=latents.device)
+    noisy = scheduler.add_noise(latents, noise, t)
+    return latent_error(unet(noisy, t, text, local_features=local.detach()).sample, latents, deviation)

@@ -34,6 +34,7 @@ from .denoising import (
     STEPS,
     WALK,
     autoencoder,
+    diffusion_error,
     latent_error,
     new_scheduler,
     picture_loss,
@@ -248,11 +249,8 @@ def train_joint(run: Run) -> None:
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
         loss = picture + 0.1 * torch.stack(errors).sum() + 0.2 * commitment
         if step % 4 == 0:
-            t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
             with run.autocast():
-                noisy = scheduler.add_noise(z, noise, t)
-                denoised = unet(noisy, t, text, local_features=local.detach()).sample
-            figures["diffusion"] = latent_error(denoised, z, deviation)
+                figures["diffusion"] = diffusion_error(unet, scheduler, z, noise, local, text, deviation)
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with run.autocast():

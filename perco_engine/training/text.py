@@ -26,8 +26,8 @@ from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from ..prompts import embed, embed_with_gradient
 from ..tags import SIDE_PX, labels
-from .denoising import FEATURE_WEIGHTS, STEPS, WALK, autoencoder, latent_error, new_scheduler, picture_loss, walk
-from .settings import StageName, TextSettings
+from .denoising import FEATURE_WEIGHTS, STEPS, WALK, autoencoder, diffusion_error, new_scheduler, picture_loss, walk
+from .settings import TextSettings
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
 
@@ -79,18 +79,20 @@ def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return extended
 
 
-def text_parts(run: Run, *stages: StageName) -> dict[str, Any]:
+def text_parts(run: Run) -> dict[str, Any]:
     """The text encoder, in float32, frozen, and its tokenizer, as `Run.find` finds them; {} where there are none.
 
     Raises TrainingError where they cannot be loaded.
     """
-    found = run.find(stages or ("text",), "text_encoder")
-    if found is None:
-        return {}
+    found = run.find(("text",), "text_encoder")
+    return {} if found is None else _load(found.parent)
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The parts in a folder, see `text_parts`."""
     try:
         parts = {
-            name: load_component(found.parent, name, ["transformers", kind], torch.float32)
-            for name, kind in CLASSES.items()
+            name: load_component(folder, name, ["transformers", kind], torch.float32) for name, kind in CLASSES.items()
         }
     except InvalidModel as error:
         raise TrainingError(str(error)) from error
@@ -127,7 +129,7 @@ def beginning(run: Run, classifier: FeatureDistance) -> dict[str, Any]:
                 part.save_pretrained(partial / name)
         partial.rename(folder)
     run.accelerator.wait_for_everyone()
-    return {name: load_component(folder, name, ["transformers", kind], torch.float32) for name, kind in CLASSES.items()}
+    return _load(folder)
 
 
 def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]:
@@ -206,11 +208,8 @@ def train_text(run: Run) -> None:
             loss, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         if step % 4 == 0:
-            t = torch.randint(0, WALK[0] + 1, (len(z),), device=stage.device)
             with run.autocast():
-                noisy = scheduler.add_noise(z, noise, t)
-                denoised = unet(noisy, t, text, local_features=local).sample
-            figures["diffusion"] = latent_error(denoised, z, deviation)
+                figures["diffusion"] = diffusion_error(unet, scheduler, z, noise, local, text, deviation)
             loss = loss + 0.2 * figures["diffusion"]
         stage.update(loss, **figures)
     averaged = stage.averaged
