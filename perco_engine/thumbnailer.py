@@ -13,7 +13,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         size_px = min(options.size, LARGEST_PX)
         with waiting(f"{source} cannot be read"):
             data = read(source)
-        picture = full(data, size_px) if options.quality == "full" else fast(data, size_px)
-        with waiting(f"{target} cannot be written"):
-            write(source, target, picture)
+        with turn(source):
+            picture = full(data, size_px) if options.quality == "full" else fast(data, size_px)
+            with waiting(f"{target} cannot be written"):
+                write(source, target, picture)
     except (PercoError, OSError, ValueError) as error:
         print(f"perco-thumbnailer: {error}", file=sys.stderr)
         return 1
@@ -123,6 +124,24 @@ def read(source: Path) -> bytes:
     if len(data) > MOST_FILE_BYTES:
         raise LimitExceeded(f"{source} has more than {MOST_FILE_BYTES >> 20} MB: it is not looked at")
     return data
+
+
+@contextmanager
+def turn(source: Path) -> Iterator[None]:
+    """A context for one process at a time for each file, which waits no longer than MOST_SECONDS_WAITING for its turn.
+
+    Thunar 4.18 asks for a file twice at once, and tumbler 4.18 then loses both pictures if they are ready at once: its
+    two threads give the cache's new file the same name.
+    """
+    try:
+        from fcntl import LOCK_EX, flock
+    except ImportError:  # Windows
+        yield
+        return
+    with source.open("rb") as file:
+        with suppress(OSError), waiting(f"{source} is in use"):  # TimeoutError is one
+            flock(file, LOCK_EX)
+        yield
 
 
 def fast(data: bytes, size_px: int) -> "Image.Image":

@@ -4,6 +4,7 @@ They need packages of Debian and root, since they install under /usr/local (and 
 `pytest -m desktop`, as .ci/run does.  There PERCO_DESKTOP_TESTS=required makes what is missing a failure.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -204,22 +205,23 @@ class Screen:
         self.display = f":{number}"
         environ = environment(home) | {"DISPLAY": self.display, "GDK_BACKEND": "x11", "GSK_RENDERER": "cairo"}
         self._environ = environ
-        self._processes = [
-            subprocess.Popen(
-                ["Xvfb", self.display, "-screen", "0", "900x600x24", "-nolisten", "tcp"], stderr=subprocess.DEVNULL
-            )
-        ]
+        self._told = home / "file-manager.log"
+        # -noreset: else the server starts anew when the first look at the screen ends before the file manager is there
+        server = ["Xvfb", self.display, "-screen", "0", "900x600x24", "-nolisten", "tcp", "-noreset"]
+        self._processes = [subprocess.Popen(server, stderr=subprocess.DEVNULL)]
         while not Path(f"/tmp/.X11-unix/X{number}").exists():
             time.sleep(0.1)
-        self._processes.append(
-            subprocess.Popen(
-                ["dbus-run-session", "--", program, str(folder)], env=environ, start_new_session=True, cwd="/",
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command = ["dbus-run-session", "--", program, str(folder)]
+        with self._told.open("wb") as told:
+            self._processes.append(
+                subprocess.Popen(
+                    command, env=environ, start_new_session=True, cwd="/", stdout=told, stderr=subprocess.STDOUT
+                )
             )
-        )  # fmt: skip
 
     def close(self) -> None:
-        os.killpg(self._processes[1].pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._processes[1].pid, signal.SIGKILL)
         self._processes[0].terminate()
         for process in self._processes:
             process.wait()
@@ -236,7 +238,8 @@ class Screen:
             best = max(best, likeness)
             time.sleep(1)
         screen.save(Path(os.environ.get("PERCO_SCREENSHOTS", "/tmp")) / "perco-not-found.png")
-        raise AssertionError(f"the thumbnail is not on the screen (likeness {best:.2f})")
+        told = self._told.read_text(errors="replace")[-2000:]
+        raise AssertionError(f"the thumbnail is not on the screen (likeness {best:.2f}); the file manager said: {told}")
 
     def wait_for(self, due: Path, seconds: float) -> None:
         """Waits until a file is there; where it does not come, keeps what is on the screen."""

@@ -1,10 +1,12 @@
 """perco-thumbnailer, as file managers run it: a cold process that has nothing but its two paths."""
 
+import fcntl
 import hashlib
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,6 +169,21 @@ def test_what_blocks_is_not_waited_for_for_ever(coded: Path, tmp_path: Path, blo
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode == 1 and f"{tmp_path / 'pipe'} cannot be" in run.stderr and "0.3 seconds" in run.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_file_is_made_once_at_a_time(coded: Path, tmp_path: Path) -> None:
+    """Two at once, as Thunar asks for them, would make tumbler lose both; one that never ends is not waited for."""
+    program = "import sys; from perco_engine import thumbnailer; thumbnailer.MOST_SECONDS_WAITING = float(sys.argv[3]);"
+    program += "sys.exit(thumbnailer.main(sys.argv[1:3]))"
+    paths = [coded, tmp_path / "x.png"]
+    with coded.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "-c", program, *paths, "0.3"], check=True)
+        paths[1].unlink()
+        waiting = subprocess.Popen([sys.executable, "-c", program, *paths, "60"])
+        time.sleep(1.5)
+        assert waiting.poll() is None and not paths[1].exists()
+    assert waiting.wait(60) == 0 and paths[1].exists()
 
 
 def test_full_quality_is_the_engine_s(coded: Path, tmp_path: Path, photo: Image.Image) -> None:
