@@ -58,7 +58,8 @@ class Previewer:
         self.networks: PreviewNetworks | None = None
         self.colours: NDArray[np.float32] = np.empty((0, 3), np.float32)
         if "grids" in config:
-            points = ladder(*(Grid(int(pixels), int(size)) for pixels, size in config["grids"]))
+            grids = (Grid(int(pixels), int(size)) for pixels, size in config["grids"])
+            points = ladder(*grids, bpp=config.get("bpp", ()))
             self.networks = PreviewNetworks(model.folder)
         else:
             grid = Grid(512 // int(config["cfg_ss"]), int(config["cfg_cs"]))

@@ -55,12 +55,13 @@ class RatePoint:
         )
 
 
-def ladder(*grids: Grid) -> tuple[RatePoint, ...]:
-    """The rate points of a ladder: point k holds the first k + 1 grids, and is named by the sum of their rates."""
-    return tuple(
-        RatePoint(round(sum(grid.bits_per_pixel for grid in grids[: k + 1]), 4), grids[: k + 1])
-        for k in range(len(grids))
-    )
+def ladder(*grids: Grid, bpp: Sequence[float] = ()) -> tuple[RatePoint, ...]:
+    """The rate points of a ladder: point k holds the first k + 1 grids.
+
+    bpp: their names; none: the sums of the grids' uniform rates.
+    """
+    sums = [round(sum(grid.bits_per_pixel for grid in grids[: k + 1]), 4) for k in range(len(grids))]
+    return tuple(RatePoint(name, grids[: k + 1]) for k, name in enumerate(bpp or sums))
 
 
 def is_number(value: Any) -> bool:

@@ -72,15 +72,21 @@ def _power_table() -> NDArray[np.int64]:
 
 POWERS = _power_table()
 
+WEIGHTS = np.array([int(POWERS[below & 255]) >> (below >> 8) for below in range(17 << 8)], dtype=np.int32)
+"""The weight of a logit so far below the largest, in 1/256 of a bit; the last is 0, as all further ones are."""
+
 
 def frequencies(logits: NDArray[np.int64]) -> CDF:
     """Logits (n, codebook size) in 1/256 of a bit to CDFs (n, codebook size + 1) from 0 to 65536."""
-    below = logits.max(axis=1, keepdims=True) - logits
-    weights = POWERS[below & 255] >> np.minimum(below >> 8, 31)
-    sums = np.cumsum(weights, axis=1)
     size = logits.shape[1]
+    below = logits.max(axis=1, keepdims=True) - logits
+    # In float64 all is exact: sums are below 2**32, products below 2**48, and the floor of a quotient is the integers'.
+    shares = np.cumsum(WEIGHTS.take(below, mode="clip"), axis=1, dtype=np.float64)
+    whole = shares[:, -1:].copy()
+    shares *= (1 << PRECISION_BITS) - FLOOR * size
+    shares /= whole
     cdf = np.zeros((len(logits), size + 1), dtype=np.int32)
-    cdf[:, 1:] = FLOOR * np.arange(1, size + 1) + sums * ((1 << PRECISION_BITS) - FLOOR * size) // sums[:, -1:]
+    cdf[:, 1:] = FLOOR * np.arange(1, size + 1) + np.floor(shares, out=shares)
     return cdf
 
 

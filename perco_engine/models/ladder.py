@@ -10,7 +10,9 @@ Level k encodes what y_{k-1} misses into one grid of indices and decodes them to
 k grids are a complete picture, so one set of weights serves every rate point, and a truncated file still opens.  Each
 level is a linear map (mean pooling one way, bilinear interpolation the other, a fixed weight for each latent channel)
 plus a convolutional network that starts at zero; the codebooks start by k-means on the linear part alone.
-The residual quantization is that of van den Oord et al., 2017, and Zeghidour et al., 2021, over grids that grow.
+The residual quantization is that of van den Oord et al., 2017, and Zeghidour et al., 2021, over grids that grow; the
+choice of a code is entropy-constrained (Chou, Lookabaugh & Gray, 1989): squared distance + weight x bits by its use, so
+that codebooks can be large, and bits go where the detail is.
 """
 
 from collections.abc import Sequence
@@ -41,13 +43,17 @@ class LadderLevel(nn.Module):
     """One rung: what the estimate misses -> codes -> a better estimate.
 
     halvings: how many times smaller than the latents the grid of codes is, as a power of two.
+    rate_weight: what a bit costs in the choice of a code, in squared distance; 0: the nearest code is chosen.
     """
 
     metric: Tensor
 
-    def __init__(self, latent_channels: int, width: int, halvings: int, codebook_size: int) -> None:
+    def __init__(
+        self, latent_channels: int, width: int, halvings: int, codebook_size: int, rate_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.halvings = halvings
+        self.rate_weight = rate_weight
         self.encoder = nn.Sequential(
             nn.Conv2d(2 * latent_channels, width, 3, padding=1),
             ResidualBlock(width),
@@ -68,6 +74,7 @@ class LadderLevel(nn.Module):
             accept_image_fmap=True,
             rotation_trick=False,
         )
+        self.quantizer._codebook.gumbel_sample = self.cheapest  # how it chooses
         self.enter = nn.Conv2d(2 * latent_channels, width, 3, padding=1)
         self.grow = nn.ModuleList(ResidualBlock(width) for _ in range(halvings + 1))
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(halvings))
@@ -96,6 +103,16 @@ class LadderLevel(nn.Module):
         change: Tensor = linear + self.leave(torch.cat([x, estimate], 1))
         return estimate + change
 
+    def cheapest(self, nearness: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        """The codes to choose, (..., n) int64 and one-hot (..., n, size), from negative distances (..., n, size).
+
+        The bits of a code are those of its share in what was chosen so far, a moving average (`cluster_size`).
+        """
+        uses: Tensor = self.quantizer._codebook.cluster_size.float()
+        bits = (uses.sum(-1, keepdim=True) / uses.clamp(min=torch.finfo(torch.float16).tiny)).log2()
+        indices = (nearness.square() + self.rate_weight * bits.unsqueeze(-2)).argmin(-1)
+        return indices, F.one_hot(indices, nearness.shape[-1]).to(nearness.dtype)
+
     def quantize(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes to (quantized codes, indices (b, rows, columns) int64, commitment loss ())."""
         with torch.autocast(codes.device.type, enabled=False):
@@ -113,25 +130,40 @@ class HyperLadder(ModelMixin, ConfigMixin):
     latent_channels: channels of the autoencoder's latents.
     grids: (pixels per index, codebook size) of each level, coarse to fine.
     width: channels of the networks.
+    rate_weights: `LadderLevel.rate_weight` of each level; none: 0.
+    bpp: what files of each rate point take, in bits a pixel: its name; none: the sum of uniform rates.
     """
 
     @register_to_config
     def __init__(
         self,
-        latent_channels: int = 16,
-        grids: Sequence[Sequence[int]] = ((64, 256), (32, 256), (16, 256), (16, 256), (8, 64)),
+        latent_channels: int,
+        grids: Sequence[Sequence[int]],
         width: int = 64,
+        rate_weights: Sequence[float] = (),
+        bpp: Sequence[float] = (),
     ) -> None:
         super().__init__()
+        weights = rate_weights or [0.0] * len(grids)
         self.levels: Sequence[LadderLevel] = nn.ModuleList(  # type: ignore[assignment]
-            LadderLevel(latent_channels, width, (pixels // PATCH).bit_length() - 1, codebook_size)
-            for pixels, codebook_size in grids
+            LadderLevel(latent_channels, width, (pixels // PATCH).bit_length() - 1, codebook_size, weight)
+            for (pixels, codebook_size), weight in zip(grids, weights, strict=True)
         )
 
     @property
     def rate_points(self) -> tuple[RatePoint, ...]:
         """The rate points that this model offers, lowest first."""
-        return ladder(*(Grid(pixels, size) for pixels, size in self.config.grids))
+        return ladder(*(Grid(pixels, size) for pixels, size in self.config.grids), bpp=self.config.bpp)
+
+    @torch.no_grad()
+    def weigh_rates(self, shares: Sequence[float]) -> None:
+        """Sets each level's `rate_weight` to a share of the variance of the codes that it chose so far."""
+        for rung, share in zip(self.levels, shares, strict=True):
+            codebook = rung.quantizer._codebook
+            uses = codebook.cluster_size[0, :, None] / codebook.cluster_size.sum()
+            mean = (uses * codebook.embed[0]).sum(0)
+            rung.rate_weight = share * float((uses * (codebook.embed[0] - mean).square()).sum())
+        self.register_to_config(rate_weights=[rung.rate_weight for rung in self.levels])
 
     def climb(self, latents: Tensor, level: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Levels 0..level on latents (b, c, h/8, w/8): their estimates, their indices, the sum of commitment losses."""
@@ -164,6 +196,6 @@ class HyperLadder(ModelMixin, ConfigMixin):
         return self.with_level(estimate, len(indices) - 1)
 
     def with_level(self, estimate: Tensor, level: int) -> Tensor:
-        """The local features: the estimate and, as one more channel, how far up the ladder it is (0..1]."""
-        mark = estimate.new_full((len(estimate), 1, *estimate.shape[2:]), (level + 1) / len(self.levels))
+        """The local features: the estimate and, as one more channel, its level, counted from 1, in fifths."""
+        mark = estimate.new_full((len(estimate), 1, *estimate.shape[2:]), (level + 1) / 5)
         return torch.cat([estimate, mark], 1)

@@ -12,7 +12,7 @@ from ..models.perceptual import FeatureDistance
 from .settings import StageName
 from .stage import Run
 
-FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.28)
+FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.3, 0.28)
 """What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
 
 WALK = (999, 749, 499, 249)

@@ -51,6 +51,12 @@ from .text import check_corpus, no_caption, text_parts, train_text
 
 LATENT_CHANNELS = 16
 
+GRIDS = ((64, 512), (32, 512), (16, 512), (16, 512), (8, 256), (8, 256))
+"""(pixels per index, codebook size) of the ladder's levels."""
+
+RATE_SHARES = (0.02, 0.022, 0.025, 0.025, 0.06, 0.06)
+"""What a bit costs in the choice of a code at each level, relative to the variance of the codes."""
+
 MODEL = "model"
 """The finished model's folder, in the run's."""
 
@@ -167,7 +173,7 @@ def mind_codebooks(ladder: HyperLadder, cells: int) -> None:
 
 def train_ladder(run: Run) -> None:
     vae, deviation = autoencoder(run, "autoencoder")
-    ladder = run.begun((), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)).requires_grad_(True)
+    ladder = run.begun((), "hyper_enc", new_ladder).requires_grad_(True)
     fresh = run.is_new("ladder") and run.settings.start is None
     if fresh:
         for rung in ladder.levels:
@@ -180,6 +186,7 @@ def train_ladder(run: Run) -> None:
         with torch.no_grad(), run.autocast():
             z = latent_batch(cached, side, 16 * size, run.rng("ladder", -1)).to(run.accelerator.device)
             ladder.train().climb(z, len(ladder.levels) - 1)
+        ladder.weigh_rates(RATE_SHARES)
     stage = Stage(run, "ladder", {"ladder": channels_last(ladder)})
     ladder.train()
     for step in stage.steps():
@@ -190,6 +197,11 @@ def train_ladder(run: Run) -> None:
         named = {f"e{k + 1}": e for k, e in enumerate(errors)}
         stage.update(torch.stack(errors).sum() + 0.5 * commitment, commitment=commitment, **named)
     stage.finish(hyper_enc=stage.averaged["ladder"])
+
+
+def new_ladder() -> HyperLadder:
+    """The embedded model's hyper-encoder, freshly initialised."""
+    return HyperLadder(LATENT_CHANNELS, GRIDS)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -273,7 +285,7 @@ def export(run: Run, folder: Path) -> None:
 
     pipeline = PercoPipeline(
         vae=run.begun(("joint", "autoencoder"), "vae"),
-        hyper_enc=run.begun(("joint", "ladder"), "hyper_enc", lambda: HyperLadder(LATENT_CHANNELS)),
+        hyper_enc=run.begun(("joint", "ladder"), "hyper_enc", new_ladder),
         unet=run.begun(("text", "joint"), "unet", new_unet),
         **text_parts(run),
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
