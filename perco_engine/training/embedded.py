@@ -51,10 +51,10 @@ from .text import check_corpus, no_caption, text_parts, train_text
 
 LATENT_CHANNELS = 16
 
-GRIDS = ((64, 512), (32, 512), (16, 512), (16, 512), (8, 256), (8, 256))
+GRIDS = ((64, 256), (32, 256), (16, 512), (16, 512), (8, 256), (8, 256))
 """(pixels per index, codebook size) of the ladder's levels."""
 
-RATE_SHARES = (0.02, 0.022, 0.025, 0.025, 0.06, 0.06)
+RATE_SHARES = (0.0, 0.0, 0.025, 0.025, 0.06, 0.06)
 """What a bit costs in the choice of a code at each level, relative to the variance of the codes."""
 
 MODEL = "model"
@@ -201,7 +201,8 @@ def train_ladder(run: Run) -> None:
 
 def new_ladder() -> HyperLadder:
     """The embedded model's hyper-encoder, freshly initialised."""
-    return HyperLadder(LATENT_CHANNELS, GRIDS)
+    ladder: HyperLadder = HyperLadder(LATENT_CHANNELS, GRIDS)
+    return ladder
 
 
 def new_unet() -> UNet2DConditionModel:
