@@ -13,13 +13,21 @@ from .settings import StageName
 from .stage import Run
 
 FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.3, 0.28)
-"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway."""
+"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway.
+
+The last one serves all further levels.
+"""
 
 WALK = (999, 749, 499, 249)
 """The timesteps of decoding in four steps; the first alone is decoding in one."""
 
 STEPS = (1, 1, 1, 1, 2, 3, 4)
 """How many steps of the walk a training step draws from."""
+
+
+def feature_weight(level: int) -> float:
+    """What the feature distance weighs at a level, 0 the coarsest."""
+    return FEATURE_WEIGHTS[min(level, len(FEATURE_WEIGHTS) - 1)]
 
 
 def similarity(output: Tensor, target: Tensor) -> Tensor:

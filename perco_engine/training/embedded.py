@@ -30,11 +30,11 @@ from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from .crops import Crops
 from .denoising import (
-    FEATURE_WEIGHTS,
     STEPS,
     WALK,
     autoencoder,
     diffusion_error,
+    feature_weight,
     latent_error,
     new_scheduler,
     picture_loss,
@@ -256,7 +256,7 @@ def train_joint(run: Run) -> None:
             noise = torch.randn_like(z)
             text = None if silence is None else silence.expand(len(x), -1, -1)
             guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice(STEPS)], text)
-            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
+            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, feature_weight(level))
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
@@ -267,7 +267,7 @@ def train_joint(run: Run) -> None:
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with run.autocast():
-                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, FEATURE_WEIGHTS[level])
+                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, feature_weight(level))
             figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
         if step % 8 == 5:  # the decoder alone: what the codes do not say it must still be able to draw

@@ -26,7 +26,7 @@ from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from ..prompts import embed, embed_with_gradient
 from ..tags import SIDE_PX, labels
-from .denoising import FEATURE_WEIGHTS, STEPS, WALK, autoencoder, diffusion_error, new_scheduler, picture_loss, walk
+from .denoising import STEPS, WALK, autoencoder, diffusion_error, feature_weight, new_scheduler, picture_loss, walk
 from .settings import TextSettings
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
@@ -205,7 +205,7 @@ def train_text(run: Run) -> None:
             text = embed_with_gradient(text_encoder, tokenizer, captions, stage.device)
             noise = torch.randn_like(z)
             guess = walk(unet, scheduler, noise, local, WALK[: rng.choice(STEPS)], text)
-            loss, measured = picture_loss(distance, vae.decode(guess).sample, x, FEATURE_WEIGHTS[level])
+            loss, measured = picture_loss(distance, vae.decode(guess).sample, x, feature_weight(level))
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         if step % 4 == 0:
             with run.autocast():
