@@ -123,14 +123,13 @@ class Previewer:
     def _needed(self, width_px: int, height_px: int, scale: float) -> int:
         """How many grids, coarse to fine, change what a result can show that is `scale` times smaller; at least 1."""
         assert self.networks is not None
-        needed = count = coarser = 0
+        needed = count = 0
         for cell_px, size in self.networks.grids:
             rows, columns = Grid(cell_px, size).shape(width_px, height_px)
             count += rows * columns
-            too_fine = cell_px <= (4 if cell_px == coarser else 1 / 2) * scale  # a second grid of a size says little more
-            if needed and (too_fine or count > MOST_CODES):
+            if needed and (2 * cell_px <= scale or count > MOST_CODES):
                 break
-            needed, coarser = needed + 1, cell_px
+            needed += 1
         return needed
 
 
