@@ -265,6 +265,7 @@ def test_frequencies() -> None:
         ({"0.extra": np.zeros(1, np.int8)}, "0.extra"),
         ({"0.context.weight": np.zeros((HIDDEN, 600), np.int8)}, "more products than come out exactly"),
         ({"2.embedding": np.zeros((15, EMBEDDED), np.int8)}, "a codebook of less than 16"),
+        ({"2.embedding": np.zeros((32768, EMBEDDED), np.int8)}, "or more than 32767"),
     ],
 )
 def test_a_faulty_prior_is_refused(change: Tensors, message: str) -> None:

@@ -17,8 +17,7 @@ each of n symbols.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -186,16 +185,19 @@ class Decoder:
         """The next symbols, int32: at most `count`, and only those that no bit past the end could change."""
         check_cdf(cdf, count)
         symbols = array("i")
-        rows: Iterable[list[int]] = repeat(cdf.tolist(), count) if cdf.ndim == 1 else (row.tolist() for row in cdf)
+        bounds = array("i", cdf.astype(np.int32, copy=False).tobytes())
+        row, row_step = 0, 0 if cdf.ndim == 1 else cdf.shape[1]
         low, span, offset = self._low, self._span, self._offset
         window, window_bits, unread_bits = self._window, self._window_bits, self._unread_bits
-        for bounds in rows:
-            symbol = bisect_right(bounds, ((offset << PRECISION_BITS) + _TOTAL - 1) // span) - 1
-            start = span * bounds[symbol] >> PRECISION_BITS
-            end = span * bounds[symbol + 1] >> PRECISION_BITS
+        for _ in range(count):
+            target = ((offset << PRECISION_BITS) + _TOTAL - 1) // span
+            place = bisect_right(bounds, target, row, row + cdf.shape[-1]) - 1
+            start = span * bounds[place] >> PRECISION_BITS
+            end = span * bounds[place + 1] >> PRECISION_BITS
             if unread_bits < 0 and offset + (1 << -unread_bits) > end:
                 break
-            symbols.append(symbol)
+            symbols.append(place - row)
+            row += row_step
             low += start
             span = end - start
             offset -= start

@@ -50,6 +50,9 @@ FLOOR = 2
 SMALLEST_CODEBOOK = 16
 """With the floor, no index of such a codebook is for nothing: `most_grids`."""
 
+LARGEST_CODEBOOK = 2**15 - 1
+"""Above it the floors would leave nothing to share."""
+
 CELLS_AT_ONCE = 8192
 
 Array = NDArray[np.float32]
@@ -80,11 +83,10 @@ def frequencies(logits: NDArray[np.int64]) -> CDF:
     """Logits (n, codebook size) in 1/256 of a bit to CDFs (n, codebook size + 1) from 0 to 65536."""
     size = logits.shape[1]
     below = logits.max(axis=1, keepdims=True) - logits
-    # In float64 all is exact: sums are below 2**32, products below 2**48, and the floor of a quotient is the integers'.
-    shares = np.cumsum(WEIGHTS.take(below, mode="clip"), axis=1, dtype=np.float64)
-    whole = shares[:, -1:].copy()
-    shares *= (1 << PRECISION_BITS) - FLOOR * size
-    shares /= whole
+    # Sums are below 2**31.  Float64 is exact: products are below 2**47, and the floor of such a quotient is right.
+    sums = np.cumsum(WEIGHTS.take(below, mode="clip"), axis=1, dtype=np.int32)
+    shares = sums * float((1 << PRECISION_BITS) - FLOOR * size)
+    shares /= sums[:, -1:]
     cdf = np.zeros((len(logits), size + 1), dtype=np.int32)
     cdf[:, 1:] = FLOOR * np.arange(1, size + 1) + np.floor(shares, out=shares)
     return cdf
@@ -222,8 +224,8 @@ def _shapes(tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, tuple[int, 
         sizes = [len(tensors[f"{k}.embedding"]) for k in range(sum(name.endswith(".embedding") for name in tensors))]
     except (KeyError, ValueError, TypeError) as error:
         raise InvalidModel("the prior lacks 0.context.weight, or the embedding of a level") from error
-    if min(sizes) < SMALLEST_CODEBOOK:
-        raise InvalidModel(f"the prior has a codebook of less than {SMALLEST_CODEBOOK}")
+    if min(sizes) < SMALLEST_CODEBOOK or max(sizes) > LARGEST_CODEBOOK:
+        raise InvalidModel(f"the prior has a codebook of less than {SMALLEST_CODEBOOK} or more than {LARGEST_CODEBOOK}")
     if max(25 * embedded + state, 9 * (state + embedded), hidden) > MOST_PRODUCTS:
         raise InvalidModel("the prior sums more products than come out exactly")
     shapes: dict[str, tuple[int, ...]] = {}
