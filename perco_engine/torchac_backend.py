@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perco_engine.bitstream import entropy
 from perco_engine.bitstream.entropy import CDF, minimum_bits, uniform_cdf
-from perco_engine.errors import CoderUnavailable, TruncatedFile
+from perco_engine.errors import CoderUnavailable
 
 MIN_SYMBOLS = 20_000
 """Fewer symbols than this take the own coder less time than the loading of the extension."""
@@ -112,10 +112,7 @@ def decode(data: bytes, counts: Sequence[int], cdfs: Sequence[CDF]) -> list[NDAr
 
     extension = _required_extension()
     if sum(minimum_bits(count, cdf) for count, cdf in zip(counts, cdfs, strict=True)) > 8 * len(data):
-        raise TruncatedFile(
-            f"the hyper-latent ends too early: {len(data)} bytes do not hold all indices of the picture; "
-            "copy or download the file again"
-        )
+        raise entropy.too_short(data)
     table = torch.from_numpy(_cdf_table(counts, cdfs))
     symbols = extension.decode_cdf(table, data)
     if extension.encode_cdf(table, symbols) != data:  # torchac does not tell: the own coder says what is wrong

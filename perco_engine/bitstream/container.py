@@ -200,10 +200,7 @@ def _decoded_grids(
     possible = replace(point, grids=point.grids[: most_grids(point, *size, len(header.hyper_latent))])
     yield from prior.walk(possible, *size, lambda level, cells, cdf: decoder.decode(len(cdf), cdf))
     if possible != point:
-        raise TruncatedFile(
-            f"the hyper-latent ends too early: {len(header.hyper_latent)} bytes do not hold all indices of the "
-            "picture; copy or download the file again"
-        )
+        raise entropy.too_short(header.hyper_latent)
 
 
 def _counts(header: Header, point: RatePoint) -> list[int]:

@@ -149,6 +149,14 @@ class Encoder:
         return b"".join(reversed(parts))
 
 
+def too_short(data: bytes) -> TruncatedFile:
+    """The error to raise for a stream that does not hold all symbols."""
+    return TruncatedFile(
+        f"the hyper-latent ends too early: {len(data)} bytes do not hold all indices of the picture; "
+        "copy or download the file again"
+    )
+
+
 class Decoder:
     """Reads symbols from a stream, in one or more calls with the counts and CDFs that the encoder was given.
 
@@ -175,10 +183,7 @@ class Decoder:
         if minimum_bits(count, cdf) <= self._unread_bits + _REGISTER_BITS:
             symbols = self.decode_available(count, cdf)
         if symbols is None or len(symbols) < count:
-            raise TruncatedFile(
-                f"the hyper-latent ends too early: {len(self._data)} bytes do not hold all indices of the picture; "
-                "copy or download the file again"
-            )
+            raise too_short(self._data)
         return symbols
 
     def decode_available(self, count: int, cdf: CDF) -> NDArray[np.int32]:
