@@ -53,12 +53,23 @@ def embed(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: tor
 
 
 def embed_with_gradient(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """What `embed` returns, for a text encoder that learns."""
+    """What `embed` returns, for a text encoder that learns.
+
+    Stable Diffusion attends to the padding too.  Where the text encoder's configuration has use_attention_mask, the
+    padding is hidden from the words, and the embeddings of all that is no word, start and end included, are zero.
+    """
     tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_special_tokens_mask=True,
+        return_tensors="pt",
     ).to(device)
-    # Stable Diffusion attends to the padding too, unless the configuration says otherwise.
-    masked = getattr(text_encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask if masked else None
-    embeddings: Tensor = text_encoder(tokens.input_ids, attention_mask=mask)[0]
+    embeddings: Tensor
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        is_word: Tensor = 1 - tokens.special_tokens_mask
+        embeddings = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0] * is_word[..., None]
+    else:
+        embeddings = text_encoder(tokens.input_ids)[0]
     return embeddings

@@ -234,7 +234,8 @@ def train_joint(run: Run) -> None:
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
-    silence = no_caption(run, unet)
+    if unet.config.addition_embed_type == "text":
+        unet.add_embedding.requires_grad_(False)  # what captions add is the stage text's to learn
     distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()
@@ -254,7 +255,7 @@ def train_joint(run: Run) -> None:
             estimates, _, commitment = ladder.climb(z, level)
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
-            text = None if silence is None else silence.expand(len(x), -1, -1)
+            text = no_caption(unet, len(x), stage.device)
             guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice(STEPS)], text)
             picture, measured = picture_loss(distance, vae.decode(guess).sample, x, feature_weight(level))
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}

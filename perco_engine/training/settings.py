@@ -324,16 +324,14 @@ class TextSettings(Clock):
 
     crops: as in the joint stage.  level_weights: how often each level is drawn, coarse to fine, relative to the others;
         the last one serves all further levels.
-    text_dropout: how often the caption is left out.
     corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from,
         besides the names of ImageNet's classes.  vocabulary: how many tokens it has.
     """
 
     crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
-    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (4, 3, 1)
-    text_dropout: Share = 0.25
+    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (5, 4, 1)
     corpus: Path | None = None
-    vocabulary: Annotated[int, Ge(1000)] = 5000
+    vocabulary: Annotated[int, Ge(1000)] = 2300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,9 +368,7 @@ class Embedded:
     joint: JointSettings = JointSettings(
         minutes=80, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=3e-4
     )
-    text: TextSettings = TextSettings(
-        minutes=60, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=1.5e-4
-    )
+    text: TextSettings = TextSettings(minutes=30, crops=((5, 256), (5, 256), (4, 256), (6, 192)), learning_rate=4e-4)
     prior: PriorSettings = PriorSettings(minutes=15, learning_rate=3e-3)
     checkpoints: Checkpoints = Checkpoints(every_minutes=4)
     log_every: Count = 20

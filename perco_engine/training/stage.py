@@ -46,9 +46,11 @@ def pace(name: str) -> float:
 
     What feeds a quantizer learns slowly: its gradient passes straight through, and at full rate the codes run away.
     The U-Net learns fast: it starts from nothing between networks that are trained already; faster yet what brings it
-    captions, which starts when the U-Net itself is trained.
+    captions, a thin layer between networks that hold still.
     """
-    if name.startswith(("text_encoder.", "unet.add_embedding.")):
+    if name.startswith("unet.add_embedding."):
+        return 25.0
+    if name.startswith("text_encoder."):
         return 5.0
     if name.startswith("ladder.levels.") and ".encoder." in name:
         return 0.35

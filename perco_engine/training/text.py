@@ -1,10 +1,10 @@
-"""The stage text: a small text encoder, and a U-Net that takes its embeddings of captions.
+"""The stage text: a small text encoder, and what brings its embeddings of captions into the U-Net.
 
 The text encoder is CLIP's, tiny: one layer of attention over byte-complete BPE tokens.  Their embeddings stay as they
-were made of the company that words keep (word_vectors.py), so that a word which no photo showed lies near those that
-some did.
-The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text"),
-beginning with nothing.
+were made of what a classifier looks for and of the company that words keep (word_vectors.py), so that a word which no
+photo showed lies near those that some did.
+The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text").
+All else stays as it is, and the empty caption adds exactly nothing: a picture without a caption is what it was.
 
 Captions are those beside the photos; a crop of a photo without one has tags, by EfficientNet-Lite0 (tags.py).
 """
@@ -24,14 +24,14 @@ from ..model_folder import load_component, progress_bars_off
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
-from ..prompts import embed, embed_with_gradient
+from ..prompts import embed_with_gradient
 from ..tags import SIDE_PX, labels
 from .denoising import STEPS, WALK, autoencoder, diffusion_error, feature_weight, new_scheduler, picture_loss, walk
 from .settings import TextSettings
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
 
-WIDTH, HEADS = 48, 4
+WIDTH, HEADS = 24, 4
 """Dimensions of the text embeddings, and heads of every attention to them."""
 
 CLASSES = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
@@ -41,7 +41,7 @@ LIKELY_TAGS = 5
 
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
-    """A text encoder whose tokens have these embeddings (tokens, width), of unit length; the rest is random.
+    """A text encoder whose tokens have these embeddings (tokens, width), of unit length or less; the rest is random.
 
     What every caption has in common is kept small, so that captions differ from the start: tokens see no padding, and
     the marks of start and end, which padding repeats, have short embeddings.
@@ -62,7 +62,7 @@ def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
 
 
 def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A U-Net with the same weights that also takes captions, and at first makes nothing of them.
+    """A U-Net with the same weights that also takes captions, and at first makes of them whatever comes.
 
     unet: without text, or with it, which is returned itself.
     """
@@ -71,12 +71,22 @@ def with_text(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     added = {"addition_embed_type": "text", "addition_embed_type_num_heads": HEADS, "cross_attention_dim": WIDTH}
     config = {k: v for k, v in unet.config.items() if not k.startswith("_")}  # among them: what to leave at its default
     extended: UNet2DConditionModel = UNet2DConditionModel.from_config(config | added)
-    nn.init.zeros_(extended.add_embedding.norm2.weight)
-    nn.init.zeros_(extended.add_embedding.norm2.bias)
+    for constant in constants(extended):
+        nn.init.zeros_(constant)
     extended.load_state_dict(
         unet.state_dict() | {k: v for k, v in extended.state_dict().items() if k.startswith("add_embedding.")}
     )
     return extended
+
+
+def constants(unet: UNet2DConditionModel) -> list[nn.Parameter]:
+    """What a U-Net adds to every caption, and to the zeros of the empty one.
+
+    While they are zero, the empty caption adds exactly nothing; learnt, they would soon drown all that captions say.
+    """
+    added = unet.add_embedding
+    biases = [value for name, value in added.named_parameters() if name.endswith(".bias")]
+    return [added.pool.positional_embedding, *biases]
 
 
 def text_parts(run: Run) -> dict[str, Any]:
@@ -100,15 +110,11 @@ def _load(folder: Path) -> dict[str, Any]:
     return parts
 
 
-def no_caption(run: Run, unet: UNet2DConditionModel) -> Tensor | None:
-    """The embeddings (1, tokens, width) of the empty caption, on the device; None for a U-Net without text."""
+def no_caption(unet: UNet2DConditionModel, count: int, device: torch.device) -> Tensor | None:
+    """The embeddings (count, 1, width) of empty captions; None for a U-Net without text."""
     if unet.config.addition_embed_type != "text":
         return None
-    parts = text_parts(run)
-    if not parts:
-        raise TrainingError("the U-Net takes captions, and there is no text_encoder beside it: name another start")
-    embedded = embed(parts["text_encoder"], parts["tokenizer"], [""], torch.device("cpu"))
-    return embedded.to(run.accelerator.device)
+    return torch.zeros(count, 1, unet.config.cross_attention_dim, device=device)
 
 
 def beginning(run: Run, classifier: FeatureDistance) -> dict[str, Any]:
@@ -140,13 +146,11 @@ def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]
     return {"text_encoder": new_text_encoder(tokenizer, vectors), "tokenizer": tokenizer}
 
 
-def draw_caption(probabilities: Tensor, sidecar: str | None, dropout: float, rng: random.Random) -> str:
-    """A crop's caption: none, what is beside the photo, or one to three of its LIKELY_TAGS, in any order.
+def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random) -> str:
+    """A crop's caption: what is beside the photo, or one to three of its LIKELY_TAGS, in any order.
 
     probabilities: of the 1000 classes.
     """
-    if rng.random() < dropout:
-        return ""
     if sidecar:
         return sidecar
     values, numbers = (part.tolist() for part in probabilities.topk(LIKELY_TAGS))
@@ -160,16 +164,16 @@ def draw_caption(probabilities: Tensor, sidecar: str | None, dropout: float, rng
 
 @torch.no_grad()
 def captions_of(
-    classifier: FeatureDistance, crops: Tensor, sidecars: Sequence[str | None], dropout: float, rng: random.Random
+    classifier: FeatureDistance, crops: Tensor, sidecars: Sequence[str | None], rng: random.Random
 ) -> list[str]:
     """A caption for each crop (b, 3, s, s) in -1..1."""
     small = F.interpolate(crops, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True)
     seen = classifier.probabilities(small).cpu()
-    return [draw_caption(one, sidecar, dropout, rng) for one, sidecar in zip(seen, sidecars, strict=True)]
+    return [draw_caption(one, sidecar, rng) for one, sidecar in zip(seen, sidecars, strict=True)]
 
 
 def train_text(run: Run) -> None:
-    """Teaches the U-Net and the text encoder, with the losses of the joint stage; codes and autoencoder stay."""
+    """Teaches the text encoder, and the U-Net's way in for it, with the losses of the joint stage; all else stays."""
     settings = run.settings.text
     vae, deviation = autoencoder(run, "joint", "autoencoder")
     ladder: HyperLadder = channels_last(run.begun(("joint", "ladder"), "hyper_enc")).to(run.accelerator.device)
@@ -177,12 +181,13 @@ def train_text(run: Run) -> None:
     parts = beginning(run, distance)
     tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"].requires_grad_(True)
     text_encoder.get_input_embeddings().requires_grad_(False)
-    unet = with_text(run.begun(("joint",), "unet")).requires_grad_(True)
-    unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
+    unet = with_text(run.begun(("joint",), "unet")).requires_grad_(False)
+    unet.add_embedding.requires_grad_(True)
+    for constant in constants(unet):
+        constant.requires_grad_(False)
     scheduler = new_scheduler()
     channels_last(vae)
     stage = Stage(run, "text", {"unet": channels_last(unet), "text_encoder": text_encoder})
-    unet.train()
     text_encoder.train()
 
     levels = range(len(ladder.levels))
@@ -196,7 +201,7 @@ def train_text(run: Run) -> None:
         level, rng = level_of(step), stage.rng(step)
         batch = next(data)
         x = batch["pixels"]
-        captions = captions_of(distance, x, batch["sidecar"], settings.text_dropout, rng)
+        captions = captions_of(distance, x, batch["sidecar"], rng)
         with run.autocast():
             with torch.no_grad():
                 z = vae.encode(x).latents.float()

@@ -1,8 +1,8 @@
-"""Tokens, and an embedding for each, from texts alone: byte-complete BPE, and principal components of co-occurrence.
+"""Tokens, and an embedding for each of how it looks: byte-complete BPE, a classifier's weights, and company in texts.
 
-Two tokens are alike if they stand in the same lines (positive pointwise mutual information, whose singular vectors are
-the embeddings: Levy and Goldberg, NeurIPS 2014).  So that names of classes are alike which look alike, each is also put
-into a line with its nearest ones by the weights of a classifier's last layer.
+Names of classes that look alike are alike: their tokens' embeddings sum up to what the last layer of a classifier looks
+for.  Other tokens look like those that they stand together with, by positive pointwise mutual information (Levy and
+Goldberg, NeurIPS 2014).
 """
 
 import json
@@ -17,8 +17,11 @@ from torch.nn import functional as F  # noqa: N812
 MAX_TOKENS = 32
 """The longest caption, with its start and end."""
 
-NEIGHBOURS = 8
-"""Classes in a line of ones that look alike."""
+RIDGE = 0.03
+"""Keeps the embeddings of tokens tame that few names have."""
+
+COMMON = 0.05
+"""In so many of the texts stand words, such as "a", that look like nothing of their own."""
 
 LABEL_WEIGHT = 50
 """How often a class' name counts as a text, so that its words become tokens of their own."""
@@ -61,29 +64,42 @@ def new_tokenizer(texts: Sequence[str], labels: Sequence[str], size: int) -> Any
 def token_vectors(
     tokenizer: Any, texts: Sequence[str], labels: Sequence[str], classifier: Tensor, width: int
 ) -> Tensor:
-    """An embedding of unit length for each token: (tokens, width); random for those that no line has.
+    """An embedding for each token: (tokens, width), of unit length for those of the classes' names, else at most that.
 
     classifier: (classes, features), the last layer's weights.
     """
-    directions = F.normalize(classifier - classifier.mean(0), dim=1)
-    near = (directions @ directions.T).topk(NEIGHBOURS).indices.tolist()
-    lines = [*texts, *(", ".join(labels[other] for other in others) for others in near), *labels]
     count = len(tokenizer)
-    pairs = torch.zeros(count * count)  # 100 MB for 5000 tokens
-    for start in range(0, len(lines), 1000):
-        found = [
-            torch.tensor(sorted(set(ids)))
-            for ids in tokenizer(lines[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
-        ]
-        together = torch.cat([(ids[:, None] * count + ids).flatten() for ids in found])
-        pairs += torch.bincount(together, minlength=count * count)
-    pairs = pairs.view(count, count).fill_diagonal_(0)
-    marginal = pairs.sum(1).clamp(min=1)
-    information = (pairs * pairs.sum() / marginal[:, None] / marginal).clamp_(min=1).log_()
+    names = torch.stack([_counts(ids, count) / len(ids) for ids in _tokens(tokenizer, labels)])
+    together = torch.zeros(count * count)  # 20 MB for 2300 tokens
+    seen = torch.zeros(count)
+    for start in range(0, len(texts), 1000):
+        lines = _tokens(tokenizer, texts[start : start + 1000])
+        found = [torch.tensor(sorted(set(ids)), dtype=torch.long) for ids in lines]
+        pairs = torch.cat([(ids[:, None] * count + ids).flatten() for ids in found])
+        together += torch.bincount(pairs, minlength=count * count)
+        seen += torch.bincount(torch.cat(found), minlength=count)
+    together = together.view(count, count).fill_diagonal_(0)
+    marginal = together.sum(1).clamp(min=1)
+    information = (together * together.sum() / marginal[:, None] / marginal).clamp_(min=1).log_()
+
+    directions = F.normalize(classifier - classifier.mean(0), dim=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        left, values, _ = torch.svd_lowrank(information, width + 16, niter=4)
-        vectors = left[:, :width] * values[:width].sqrt()
-        unknown = vectors.norm(dim=1) < 1e-6
-        vectors[unknown] = torch.randn(int(unknown.sum()), width)
-    return F.normalize(vectors, dim=1)
+        _, _, components = torch.svd_lowrank(directions, width + 16, niter=6)
+    looks = directions @ components[:, :width]
+    ridge = names @ names.T + RIDGE * torch.eye(len(names))
+    told = ((names.sum(0) > 0) & (seen <= COMMON * max(1, len(texts))))[:, None]
+    vectors = F.normalize(names.T @ torch.linalg.solve(ridge, looks), dim=1) * told
+    company = information * told.T
+    return torch.where(told, vectors, company @ vectors / company.sum(1, keepdim=True).clamp(min=1e-6))
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The numbers of each text's tokens, without start and end."""
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _counts(ids: Sequence[int], count: int) -> Tensor:
+    """How often each of `count` tokens is among these."""
+    return torch.bincount(torch.tensor(ids), minlength=count).float()
