@@ -96,5 +96,8 @@ PERCO_SD = tuple(
 )
 """The seven rate points of PerCo (SD), lowest first.  8196 (not 8192) is what the reference has."""
 
-EMBEDDED = ladder(Grid(64, 256), Grid(32, 256), Grid(16, 256), Grid(16, 256), Grid(8, 64))
-"""The five rate points of the embedded model."""
+EMBEDDED = ladder(
+    Grid(64, 256), Grid(32, 256), Grid(16, 512), Grid(16, 512), Grid(8, 256), Grid(8, 256),
+    bpp=(0.002, 0.008, 0.03, 0.055, 0.085, 0.13),
+)  # fmt: skip
+"""The six rate points of the embedded model, named by what files of them take."""

@@ -28,7 +28,7 @@ def reference(model: str | Path, data: bytes, reduction: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(192, 128), (101, 77), (8, 9), (1, 1)])
-@pytest.mark.parametrize("bpp", [0.002, 0.041, 0.166])
+@pytest.mark.parametrize("bpp", [0.002, 0.03, 0.13])
 def test_it_is_what_the_pipeline_decodes(photo: Image.Image, size: tuple[int, int], bpp: float) -> None:
     data = get_engine().encode(photo.resize(size), bpp=bpp)
     for reduction in (2, 4, 8):
@@ -54,15 +54,15 @@ def test_a_render_has_the_right_shape_and_is_never_enlarged(photo: Image.Image) 
 
 def test_a_render_looks_like_the_picture(photo: Image.Image) -> None:
     engine = get_engine()
-    data = engine.encode(photo, bpp=0.166)
+    data = engine.encode(photo, bpp=0.13)
     decoded = np.asarray(engine.decode(data).resize((96, 64), Image.Resampling.BOX), np.float32)
-    assert np.abs(np.asarray(preview.render(data, 96), np.float32) - decoded).mean() < 5
+    assert np.abs(np.asarray(preview.render(data, 96), np.float32) - decoded).mean() < 6
 
 
 def test_networks_of_large_pictures_run_coarsely(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide enough for places to be fitted in, and the right picture outside of them too."""
     wide = photo.resize((1600, 200), Image.Resampling.BICUBIC)
-    data = get_engine().encode(wide, bpp=0.166)
+    data = get_engine().encode(wide, bpp=0.13)
     latents = 200 * 25
     maker = preview.previewer(weights.find("embedded"))
     exact = np.asarray(preview.render(data, 100), np.float32)
@@ -95,7 +95,7 @@ def test_what_is_too_large_is_refused(photo: Image.Image, monkeypatch: pytest.Mo
 
 
 def test_truncated_files(photo: Image.Image) -> None:
-    data = get_engine().encode(photo, bpp=0.166)
+    data = get_engine().encode(photo, bpp=0.13)
     with pytest.raises(BitstreamError):
         preview.decode(data[:-100], 2)
     assert preview.decode(data[:-100], 2, allow_truncated=True).size == (96, 64)

@@ -18,9 +18,9 @@ ASSETS = next(
 
 RATES = (
     ("tiny", "0.002"),
-    ("small", "0.0098"),
-    ("medium", "0.041"),
-    ("fine", "0.166"),
+    ("small", "0.008"),
+    ("medium", "0.03"),
+    ("fine", "0.13"),
 )
 """What the menus offer: a label, and the embedded model's rate point that it stands for, in bits a pixel."""
 
