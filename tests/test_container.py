@@ -268,7 +268,7 @@ def test_cut_ladder_goes_down_to_its_complete_grids() -> None:
     codes = random_codes(300, 200)
     data = pack(codes, EMBEDDED)
     counts = [grid.size for grid in codes.indices]
-    bits = np.cumsum([count * width for count, width in zip(counts, (8, 8, 8, 8, 6), strict=True)])
+    bits = np.cumsum([count * width for count, width in zip(counts, (8, 8, 9, 9, 8), strict=True)])
     for length in range(4, len(data)):
         complete = sum(8 * (length - 10) >= end for end in bits)
         if complete == 0:
