@@ -117,7 +117,7 @@ def test_demo(jpeg: Path, tmp_path: Path) -> None:
         "0.13",
     ]
     width, height = opened_size(tmp_path / "sheet.png")
-    assert width > 3 * 192 and height > 2 * 128
+    assert width > 4 * 192 and height > 2 * 128
 
 
 def test_bench(jpeg: Path) -> None:

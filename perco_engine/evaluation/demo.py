@@ -14,8 +14,11 @@ from .metrics import psnr
 
 LONGEST_SIDE = 768
 
+COLUMNS = 4
+"""The original and up to seven rates in two rows."""
 
-def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, columns: int = 3) -> tuple[Image.Image, str]:
+
+def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None) -> tuple[Image.Image, str]:
     """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table."""
     engine = engine or get_engine()
     photo = photo.copy()
@@ -35,5 +38,5 @@ def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, columns
             f"{point.bpp:>7} {len(data):>6} {real:>9.4f} {ratio:>7,.0f} {quality:>8.2f} "
             f"{encoded - start:>9.2f} {decoded - encoded:>9.2f}"
         )
-    rows = [cells[k : k + columns] for k in range(0, len(cells), columns)]
+    rows = [cells[k : k + COLUMNS] for k in range(0, len(cells), COLUMNS)]
     return contact_sheet(rows, text_px=22), "\n".join(table)
