@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from perco_engine import weights
 from perco_engine.engine import get_engine
+from perco_engine.errors import TrainingError
 from perco_engine.model_folder import load_component
 from perco_engine.prompts import embed
 from perco_engine.tags import labels
@@ -91,7 +93,7 @@ def test_captions_differ_from_the_start(tokenizer: object, tmp_path: Path) -> No
     told = embed(encoder, tokenizer, ["", "great grey owl", "a fence"], torch.device("cpu"))
     pooled = torch.nn.functional.normalize(added.proj(added.pool(added.norm1(told))), dim=1)
     alike = pooled @ pooled.T
-    assert max(alike[0, 1], alike[0, 2], alike[1, 2]) < 0.95
+    assert max(alike[0, 1], alike[0, 2], alike[1, 2]) < 0.8
 
 
 def test_the_embedded_model_is_no_larger_than_it_may_be() -> None:
@@ -144,3 +146,7 @@ def test_the_stage_alone_and_again(tiny_model: Path, photo: Image.Image, tmp_pat
     assert [line["step"] for line in read_log(tmp_path / "second" / "text")] == [1, 2]
     third = run("third", second, "joint")
     assert (third / "text_encoder" / "config.json").is_file()
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(third / name)
+    with pytest.raises(TrainingError, match="takes captions"):
+        run("fourth", third, "joint")

@@ -47,7 +47,7 @@ from .processes import accelerated
 from .settings import Embedded, StageName
 from .sources import UNREADABLE, open_source
 from .stage import Run, Stage, channels_last
-from .text import check_corpus, no_caption, text_parts, train_text
+from .text import check_corpus, freeze_text, no_caption, text_parts, train_text
 
 LATENT_CHANNELS = 16
 
@@ -234,8 +234,7 @@ def train_joint(run: Run) -> None:
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
-    if unet.config.addition_embed_type == "text":
-        unet.add_embedding.requires_grad_(False)  # what captions add is the stage text's to learn
+    freeze_text(run, unet)
     distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()

@@ -43,8 +43,7 @@ LIKELY_TAGS = 5
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
     """A text encoder whose tokens have these embeddings (tokens, width), of unit length or less; the rest is random.
 
-    What every caption has in common is kept small, so that captions differ from the start: tokens see no padding, and
-    the marks of start and end, which padding repeats, have short embeddings.
+    Tokens see no padding, which all captions have in common.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -55,9 +54,7 @@ def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
         use_attention_mask=True,
     )  # fmt: skip
     text_encoder = CLIPTextModel(config)
-    scale = torch.full((len(tokenizer), 1), 0.5 * WIDTH**0.5)  # as large as what attention adds
-    scale[[tokenizer.bos_token_id, tokenizer.eos_token_id]] *= 0.1
-    text_encoder.get_input_embeddings().weight.data.copy_(scale * vectors)
+    text_encoder.get_input_embeddings().weight.data.copy_(0.5 * WIDTH**0.5 * vectors)  # as large as what attention adds
     return text_encoder
 
 
@@ -108,6 +105,18 @@ def _load(folder: Path) -> dict[str, Any]:
         raise TrainingError(str(error)) from error
     parts["text_encoder"].requires_grad_(False)
     return parts
+
+
+def freeze_text(run: Run, unet: UNet2DConditionModel) -> None:
+    """Keeps what captions add to a U-Net as it is: that is this stage's to teach.
+
+    Raises TrainingError where a U-Net takes captions, and there is no text encoder beside it.
+    """
+    if unet.config.addition_embed_type != "text":
+        return
+    if not text_parts(run):
+        raise TrainingError("the U-Net takes captions, and there is no text_encoder beside it: name another start")
+    unet.add_embedding.requires_grad_(False)
 
 
 def no_caption(unet: UNet2DConditionModel, count: int, device: torch.device) -> Tensor | None:
