@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,6 +336,28 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not_been(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_adamw_in_8_bits_learns_and_goes_on_as_if_it_had_not_stopped(
+    latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    """Runs where bitsandbytes is installed; its CPU build does."""
+    pytest.importorskip("bitsandbytes")
+    tables: dict[str, Any] = {
+        "optimizer": {"kind": "adamw-8bit", "steps": 4},
+        "checkpoints": {"every_steps": 2, "keep": 9},
+    }
+    train(write_settings(tmp_path / "whole", latent_diffusion, eight, **tables), lambda text: None)
+    config = write_settings(tmp_path / "stopped", latent_diffusion, eight, **tables)
+    shutil.copytree(tmp_path / "whole" / "run", tmp_path / "stopped" / "run")
+    shutil.rmtree(tmp_path / "stopped" / "run" / "model")
+    shutil.rmtree(tmp_path / "stopped" / "run" / "checkpoints" / "step-00000004")
+    told: list[str] = []
+    train(config, told.append)
+    assert "goes on after step 2" in told
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    name = "run/model/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_told(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
     config = write_settings(tmp_path, latent_diffusion, eight, optimizer={"steps": 1})
     train(config, lambda text: None)
@@ -364,10 +387,14 @@ def test_damaged_photos_are_counted(latent_diffusion: Path, eight: Path, tmp_pat
     ],
 )
 def test_what_cannot_be_had_is_told(
-    tables: dict[str, Any], told: str, latent_diffusion: Path, eight: Path, tmp_path: Path
+    tables: dict[str, Any],
+    told: str,
+    latent_diffusion: Path,
+    eight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "bitsandbytes" in sys.modules or torch.cuda.is_available():
-        pytest.skip("this machine has it")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as if it was not installed
     config = write_settings(tmp_path, latent_diffusion, eight, **tables)
     with pytest.raises(InvalidSettings) as error:
         train(config, lambda text: None)
