@@ -329,7 +329,7 @@ class TextSettings(Clock):
     """
 
     crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
-    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (5, 4, 1)
+    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (7, 4, 1)
     corpus: Path | None = None
     vocabulary: Annotated[int, Ge(1000)] = 2300
 
@@ -368,7 +368,7 @@ class Embedded:
     joint: JointSettings = JointSettings(
         minutes=80, crops=((2, 384), (3, 320), (4, 256), (8, 192), (8, 192)), learning_rate=3e-4
     )
-    text: TextSettings = TextSettings(minutes=30, crops=((5, 256), (5, 256), (4, 256), (6, 192)), learning_rate=4e-4)
+    text: TextSettings = TextSettings(minutes=42, crops=((5, 256), (5, 256), (4, 256), (6, 192)), learning_rate=4e-4)
     prior: PriorSettings = PriorSettings(minutes=15, learning_rate=3e-3)
     checkpoints: Checkpoints = Checkpoints(every_minutes=4)
     log_every: Count = 20
