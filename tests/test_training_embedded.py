@@ -106,6 +106,29 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
         assert (tmp_path / "run" / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
+def test_a_ladder_from_nothing_goes_on_with_its_rate_weights(whole: Path, photos: Path, tmp_path: Path) -> None:
+    settings_of, configs = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "export", lambda run, folder: None)
+        patch.setattr(embedded, "new_ladder", lambda: HyperLadder(4, ((32, 16), (16, 16), (8, 16)), width=8))
+        patch.setattr(embedded, "RATE_SHARES", (0.0, 0.02, 0.05))
+        for name in ("unbroken", "broken"):
+            (tmp_path / name).mkdir()
+            shutil.copytree(whole / "autoencoder" / "finished", tmp_path / name / "run" / "autoencoder" / "finished")
+            settings_of[name] = write_settings(tmp_path / name, photos, None)
+            settings_of[name].write_text('stages = ["ladder"]\n' + settings_of[name].read_text())
+        train(settings_of["unbroken"], lambda text: None)
+        shutil.copytree(tmp_path / "unbroken" / "run", tmp_path / "broken" / "run", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "broken" / "run" / "ladder" / "finished")
+        shutil.rmtree(tmp_path / "broken" / "run" / "ladder" / "checkpoints" / "step-00000003")
+        train(settings_of["broken"], lambda text: None)
+    for name in settings_of:
+        configs[name] = (tmp_path / name / "run" / "ladder" / "finished" / "hyper_enc" / "config.json").read_text()
+    assert configs["broken"] == configs["unbroken"]
+    weights = json.loads(configs["broken"])["rate_weights"]
+    assert weights[0] == 0 and weights[1] > 0 and weights[2] > 0
+
+
 def test_what_a_stage_builds_on_is_missed(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = write_settings(tmp_path, photos, tiny_model)
     config.write_text('stages = ["prior"]\n' + config.read_text())

@@ -158,12 +158,19 @@ class HyperLadder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def weigh_rates(self, shares: Sequence[float]) -> None:
         """Sets each level's `rate_weight` to a share of the variance of the codes that it chose so far."""
+        weights = []
         for rung, share in zip(self.levels, shares, strict=True):
             codebook = rung.quantizer._codebook
             uses = codebook.cluster_size[0, :, None] / codebook.cluster_size.sum()
             mean = (uses * codebook.embed[0]).sum(0)
-            rung.rate_weight = share * float((uses * (codebook.embed[0] - mean).square()).sum())
-        self.register_to_config(rate_weights=[rung.rate_weight for rung in self.levels])
+            weights.append(share * float((uses * (codebook.embed[0] - mean).square()).sum()))
+        self.set_rate_weights(weights)
+
+    def set_rate_weights(self, weights: Sequence[float]) -> None:
+        """Sets each level's `rate_weight`; they are stored in the configuration, and not among the weights."""
+        for rung, weight in zip(self.levels, weights, strict=True):
+            rung.rate_weight = weight
+        self.register_to_config(rate_weights=list(weights))
 
     def climb(self, latents: Tensor, level: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Levels 0..level on latents (b, c, h/8, w/8): their estimates, their indices, the sum of commitment losses."""

@@ -187,6 +187,8 @@ def train_ladder(run: Run) -> None:
             z = latent_batch(cached, side, 16 * size, run.rng("ladder", -1)).to(run.accelerator.device)
             ladder.train().climb(z, len(ladder.levels) - 1)
         ladder.weigh_rates(RATE_SHARES)
+    weights = run.kept("ladder", "rate_weights.pt", lambda: [rung.rate_weight for rung in ladder.levels])
+    ladder.set_rate_weights(weights)  # a checkpoint holds tensors alone
     stage = Stage(run, "ladder", {"ladder": channels_last(ladder)})
     ladder.train()
     for step in stage.steps():
