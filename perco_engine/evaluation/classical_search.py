@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from . import metrics
-from .classical import CODECS, HIGHEST_QUALITY, Candidate, Codec, show
+from .classical import CODECS, HIGHEST_QUALITY, Candidate, Codec, available, show
 from .metrics import METRICS, Judge
 from .photo_folder import Photo
 from .results import Line, Lines
@@ -190,6 +190,7 @@ def _counts(tasks: Sequence[Task], jobs: int) -> Iterator[int]:
 
 def _search(task: Task) -> int:
     """Does a task; returns how many files are known of the photo."""
+    available(task.versions)  # a spawned process knows no formats of plugins yet
     image, judges = task.photo.read(), _judges(task.metrics, task.device)
     searched = Search(task.folder, task.photo, task.versions)
     return sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
