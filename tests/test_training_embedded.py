@@ -14,11 +14,21 @@ from perco_engine.errors import InvalidSettings, TrainingError
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
 from perco_engine.training import embedded, settings
+from perco_engine.training.denoising import grid_excess
 from perco_engine.training.journal import read_log
 from perco_engine.training.stage import pace
 from perco_engine.training.train import train
 
 pytest.importorskip("efficientnet_lite_pytorch")
+
+
+def test_a_grid_is_found_and_texture_is_none() -> None:
+    noise = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    assert grid_excess(noise) == 0  # means of 16 squares keep a sixteenth of what is independent
+    dots = torch.zeros(1, 3, 160, 160)
+    dots[..., ::4, ::4] = 1
+    assert grid_excess(dots).item() == pytest.approx(0.91, abs=0.05)  # all of it recurs, but for borders
+    assert 0.2 < grid_excess(dots + 0.2 * noise).item() < 0.8
 
 
 @pytest.fixture(scope="module")

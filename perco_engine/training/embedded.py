@@ -237,7 +237,8 @@ def train_joint(run: Run) -> None:
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
     freeze_text(run, unet)
-    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    # Made before the stage restores random numbers: making them draws some.
+    distances = [channels_last(FeatureDistance(kind)).to(run.accelerator.device) for kind in settings.features]
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()
     ladder.train(not settings.frozen_codes)
@@ -248,7 +249,7 @@ def train_joint(run: Run) -> None:
 
     data = stage.by_level(settings.crops, level_of)
     for step in stage.steps():
-        level = level_of(step)
+        level, distance = level_of(step), distances[step % len(distances)]
         x = next(data)["pixels"]
         with run.autocast():
             with torch.no_grad():

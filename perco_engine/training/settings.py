@@ -312,10 +312,12 @@ class JointSettings(Clock):
     crops: for each level, coarse to fine, how many crops a step sees in a process, and pixels a side of one: the
         coarser the codes, the more of a photo they must be seen in.  The last one serves all further levels.
     frozen_codes: leave the ladder as it is: the codes of a photo stay the same.
+    features: the EfficientNets whose feature distance is in the loss, one after the other, a step each.
     """
 
     crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
     frozen_codes: bool = False
+    features: Annotated[tuple[Literal["lite0", "lite1"], ...], MinLen(1)] = ("lite0", "lite1")
 
 
 @dataclass(frozen=True, kw_only=True)
