@@ -1,6 +1,7 @@
 """The embedded model's stages on tiny networks, each of which goes on where it was, wherever its folder lies."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from perco_engine.engine import get_engine
 from perco_engine.errors import InvalidSettings, TrainingError
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
 from perco_engine.training import embedded, settings
-from perco_engine.training.denoising import grid_excess
+from perco_engine.training.denoising import WALK, grid_excess, some_timesteps
 from perco_engine.training.journal import read_log
 from perco_engine.training.stage import pace
 from perco_engine.training.train import train
@@ -114,6 +116,26 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
     assert read_log(tmp_path / "run" / stage) == read_log(whole / stage)
     for file in (whole / stage / "finished").rglob("*.safetensors"):
         assert (tmp_path / "run" / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_codebooks_hold_still_while_what_is_around_them_learns(photos: Path, beginning: Path, tmp_path: Path) -> None:
+    joint = {"steps": 2, "crops": [[2, 96]], "learning_rate": 1e-3, "frozen_codebooks": True}
+    path = write_settings(tmp_path, photos, beginning, joint=joint)
+    path.write_text('stages = ["joint"]\n' + path.read_text())
+    train(path, lambda text: None)
+    name = "hyper_enc/diffusion_pytorch_model.safetensors"
+    before, after = load_file(beginning / name), load_file(tmp_path / "run" / "joint" / "finished" / name)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any("_codebook" in key for key in changed)
+    assert {"levels.0.encoder.7.weight", "levels.0.leave.2.weight"} <= changed
+
+
+def test_walks_may_stop_anywhere() -> None:
+    walks = [some_timesteps(random.Random(seed)) for seed in range(200)]
+    assert WALK == (999, 949, 899, 849, 799, 749, 699, 649, 599, 549, 499, 449, 399, 349, 299, 249, 199, 149, 99, 49)
+    assert all(walk[0] == 999 and walk == sorted(set(walk), reverse=True) for walk in walks)
+    assert {len(walk) for walk in walks} == {1, 2, 3, 4}
+    assert {timestep for walk in walks for timestep in walk} == set(WALK)
 
 
 def test_a_ladder_from_nothing_goes_on_with_its_rate_weights(whole: Path, photos: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A run's settings: what a file may say, and what is told of one that says something else."""
 
+import random
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def test_the_recipes_are_what_was_published() -> None:
     for name, text in examples().items():
         assert text.startswith("# ")
         parsed[name] = parse(tomllib.loads(text), name)
-    assert set(parsed) == {"embedded", "perco-sd-15k", "perco-sd-50k", "single-gpu"}
+    assert set(parsed) == {"embedded", "embedded-further", "perco-sd-15k", "perco-sd-50k", "single-gpu"}
     first, later = parsed["perco-sd-15k"], parsed["perco-sd-50k"]
     assert isinstance(first, settings.PercoSd) and isinstance(later, settings.PercoSd)
     assert (first.optimizer.steps, later.optimizer.steps) == (15_000, 50_000)
@@ -128,6 +130,15 @@ def test_the_recipes_are_what_was_published() -> None:
     assert isinstance(embedded, settings.Embedded) and isinstance(shipped, settings.Embedded)
     for stage in settings.STAGES:
         assert getattr(embedded, stage) == getattr(shipped, stage)
+
+
+def test_what_is_given_for_each_level() -> None:
+    joint = settings.JointSettings(
+        steps=1, crops=((1, 96),), learning_rate=1e-4, level_weights=(3, 1), feature_weights=(0.5, 0.25)
+    )
+    drawn = Counter(joint.draw_level(random.Random(seed), 3) for seed in range(5000))
+    assert [drawn[level] / 5000 for level in range(3)] == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
+    assert [joint.feature_weight(level) for level in range(4)] == [0.5, 0.25, 0.25, 0.25]
 
 
 def test_the_command_lists_prints_and_checks(tmp_path: Path) -> None:

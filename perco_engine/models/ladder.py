@@ -44,6 +44,8 @@ class LadderLevel(nn.Module):
 
     halvings: how many times smaller than the latents the grid of codes is, as a power of two.
     rate_weight: what a bit costs in the choice of a code, in squared distance; 0: the nearest code is chosen.
+
+    Attribute frozen_codebook: leave the codes and their shares as they are while all else learns.
     """
 
     metric: Tensor
@@ -54,6 +56,7 @@ class LadderLevel(nn.Module):
         super().__init__()
         self.halvings = halvings
         self.rate_weight = rate_weight
+        self.frozen_codebook = False
         self.encoder = nn.Sequential(
             nn.Conv2d(2 * latent_channels, width, 3, padding=1),
             ResidualBlock(width),
@@ -116,7 +119,7 @@ class LadderLevel(nn.Module):
     def quantize(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes to (quantized codes, indices (b, rows, columns) int64, commitment loss ())."""
         with torch.autocast(codes.device.type, enabled=False):
-            quantized, indices, loss = self.quantizer(codes.float())
+            quantized, indices, loss = self.quantizer(codes.float(), freeze_codebook=self.frozen_codebook)
         return quantized, indices, loss.sum()
 
     def look_up(self, indices: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the stages with a U-Net share: its scheduler, its walk from pure noise, and the losses of what it finds."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,25 +13,20 @@ from ..models.perceptual import FeatureDistance
 from .settings import StageName
 from .stage import Run
 
-FEATURE_WEIGHTS = (0.6, 0.5, 0.4, 0.35, 0.3, 0.28)
-"""What the feature distance weighs in the loss at each level: most where pixels cannot be right anyway.
+WALK = tuple(range(999, 0, -50))
+"""The timesteps of decoding in twenty steps; the first alone is decoding in one."""
 
-The last one serves all further levels.
-"""
-
-WALK = (999, 749, 499, 249)
-"""The timesteps of decoding in four steps; the first alone is decoding in one."""
-
-STEPS = (1, 1, 1, 1, 2, 3, 4)
-"""How many steps of the walk a training step draws from."""
+FURTHER_STEPS = (0, 0, 0, 0, 1, 1, 2, 3)
+"""How many more of them than the first a training step draws from."""
 
 GRID_SHARE = 0.09
 """The share of photos' fine contrast that recurs in the next squares of 8 pixels (`grid_excess`)."""
 
 
-def feature_weight(level: int) -> float:
-    """What the feature distance weighs at a level, 0 the coarsest."""
-    return FEATURE_WEIGHTS[min(level, len(FEATURE_WEIGHTS) - 1)]
+def some_timesteps(rng: random.Random) -> list[int]:
+    """The timesteps of a walk: the first of WALK and up to three others, so that any number is learnt."""
+    further = rng.sample(WALK[1:], rng.choice(FURTHER_STEPS))
+    return [WALK[0], *sorted(further, reverse=True)]
 
 
 def similarity(output: Tensor, target: Tensor) -> Tensor:

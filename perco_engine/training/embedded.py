@@ -30,14 +30,12 @@ from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from .crops import Crops
 from .denoising import (
-    STEPS,
-    WALK,
     autoencoder,
     diffusion_error,
-    feature_weight,
     latent_error,
     new_scheduler,
     picture_loss,
+    some_timesteps,
     walk,
 )
 from .journal import Tell
@@ -234,6 +232,8 @@ def train_joint(run: Run) -> None:
     vae.decoder.requires_grad_(True)
     size, side = settings.crops[0]
     mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
+    for rung in ladder.levels:
+        rung.frozen_codebook = settings.frozen_codebooks
     scheduler = new_scheduler()
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
     freeze_text(run, unet)
@@ -245,7 +245,7 @@ def train_joint(run: Run) -> None:
     unet.train()
 
     def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
-        return run.rng("joint", step).randrange(len(ladder.levels))
+        return settings.draw_level(run.rng("joint", step), len(ladder.levels))
 
     data = stage.by_level(settings.crops, level_of)
     for step in stage.steps():
@@ -258,8 +258,9 @@ def train_joint(run: Run) -> None:
             local = ladder.with_level(estimates[-1].float(), level)
             noise = torch.randn_like(z)
             text = no_caption(unet, len(x), stage.device)
-            guess = walk(unet, scheduler, noise, local, WALK[: stage.rng(step).choice(STEPS)], text)
-            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, feature_weight(level))
+            guess = walk(unet, scheduler, noise, local, some_timesteps(stage.rng(step)), text)
+            weight = settings.feature_weight(level)
+            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, weight)
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
@@ -270,14 +271,14 @@ def train_joint(run: Run) -> None:
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with run.autocast():
-                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, feature_weight(level))
+                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, weight)
             figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
         if step % 8 == 5:  # the decoder alone: what the codes do not say it must still be able to draw
             with run.autocast():
                 whole = vae.decode(z).sample.float()
             figures["autoencoder"] = F.mse_loss(whole, x)
-            loss = loss + F.l1_loss(whole, x) + 4 * figures["autoencoder"]
+            loss = loss + 3 * (F.l1_loss(whole, x) + 4 * figures["autoencoder"])
         stage.update(loss, commitment=commitment / len(errors), **figures)
     averaged = stage.averaged
     stage.finish(vae=averaged["vae"], hyper_enc=averaged["ladder"], unet=averaged["unet"])

@@ -8,6 +8,7 @@
 Paths are relative to the file.
 """
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -306,31 +307,54 @@ class StageSettings(Clock):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointSettings(Clock):
-    """The joint stage.
+class PictureSettings(Clock):
+    """A stage that learns through the decoded picture, at one level of the ladder in each step.
 
-    crops: for each level, coarse to fine, how many crops a step sees in a process, and pixels a side of one: the
-        coarser the codes, the more of a photo they must be seen in.  The last one serves all further levels.
-    frozen_codes: leave the ladder as it is: the codes of a photo stay the same.
-    features: the EfficientNets whose feature distance is in the loss, one after the other, a step each.
+    What is given for each level goes from coarse to fine, and its last entry serves all further levels.
+
+    crops: how many crops a step sees in a process, and pixels a side of one: the coarser the codes, the more of a photo
+        they must be seen in.
+    level_weights: how often a level is drawn, relative to the others.
+    feature_weights: what the feature distance weighs in the loss: most where pixels cannot be right anyway.
     """
 
     crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
+    level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (1,)
+    feature_weights: Annotated[tuple[NotNegative, ...], MinLen(1)] = (0.6, 0.5, 0.4, 0.35, 0.3, 0.28)
+
+    def draw_level(self, rng: random.Random, levels: int) -> int:
+        """A step's level of so many, 0 the coarsest."""
+        weights = [self.level_weights[min(level, len(self.level_weights) - 1)] for level in range(levels)]
+        return rng.choices(range(levels), weights)[0]
+
+    def feature_weight(self, level: int) -> float:
+        """What the feature distance weighs at a level."""
+        return self.feature_weights[min(level, len(self.feature_weights) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings(PictureSettings):
+    """The joint stage.
+
+    frozen_codes: leave the ladder as it is: the codes of a photo stay the same.
+    frozen_codebooks: leave the vectors of its codes as they are, and how often each is chosen, while what is around
+        them learns.  For a ladder that is trained already.
+    features: the EfficientNets whose feature distance is in the loss, one after the other, a step each.
+    """
+
     frozen_codes: bool = False
+    frozen_codebooks: bool = False
     features: Annotated[tuple[Literal["lite0", "lite1"], ...], MinLen(1)] = ("lite0", "lite1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings(Clock):
+class TextSettings(PictureSettings):
     """The stage of the text encoder.  Captions are those beside the photos, else tags of the crops (text.py).
 
-    crops: as in the joint stage.  level_weights: how often each level is drawn, coarse to fine, relative to the others;
-        the last one serves all further levels.
     corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from,
         besides the names of ImageNet's classes.  vocabulary: how many tokens it has.
     """
 
-    crops: Annotated[tuple[tuple[Count, Side], ...], MinLen(1)]
     level_weights: Annotated[tuple[Positive, ...], MinLen(1)] = (7, 4, 1)
     corpus: Path | None = None
     vocabulary: Annotated[int, Ge(1000)] = 2300

@@ -26,7 +26,7 @@ from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from ..prompts import embed_with_gradient
 from ..tags import SIDE_PX, labels
-from .denoising import STEPS, WALK, autoencoder, diffusion_error, feature_weight, new_scheduler, picture_loss, walk
+from .denoising import autoencoder, diffusion_error, new_scheduler, picture_loss, some_timesteps, walk
 from .settings import TextSettings
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
@@ -199,11 +199,8 @@ def train_text(run: Run) -> None:
     stage = Stage(run, "text", {"unet": channels_last(unet), "text_encoder": text_encoder})
     text_encoder.train()
 
-    levels = range(len(ladder.levels))
-    weights = [settings.level_weights[min(level, len(settings.level_weights) - 1)] for level in levels]
-
     def level_of(step: int) -> int:  # the same in all processes, and when a run goes on
-        return run.rng("text", step).choices(levels, weights)[0]
+        return settings.draw_level(run.rng("text", step), len(ladder.levels))
 
     data = stage.by_level(settings.crops, level_of)
     for step in stage.steps():
@@ -218,8 +215,8 @@ def train_text(run: Run) -> None:
                 local = ladder.with_level(estimates[-1].float(), level)
             text = embed_with_gradient(text_encoder, tokenizer, captions, stage.device)
             noise = torch.randn_like(z)
-            guess = walk(unet, scheduler, noise, local, WALK[: rng.choice(STEPS)], text)
-            loss, measured = picture_loss(distance, vae.decode(guess).sample, x, feature_weight(level))
+            guess = walk(unet, scheduler, noise, local, some_timesteps(rng), text)
+            loss, measured = picture_loss(distance, vae.decode(guess).sample, x, settings.feature_weight(level))
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         if step % 4 == 0:
             with run.autocast():
