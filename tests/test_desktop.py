@@ -38,9 +38,11 @@ OTHERS = """<?xml version="1.0" encoding="UTF-8"?>
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder of the user."""
+    """An empty home folder of the user, on a machine without a system-wide installation."""
     folder = tmp_path / "home of ü"
     folder.mkdir()
+    monkeypatch.setattr(points, "SYSTEM_PREFIX", tmp_path / "usr/local")
+    monkeypatch.setattr(points.system_place, "__defaults__", (tmp_path / "usr/local", None))
     monkeypatch.setenv("HOME", str(folder))
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "DESTDIR"):
         monkeypatch.delenv(name, raising=False)
@@ -212,8 +214,6 @@ def test_where_no_package_index_is_another_python_is_an_error(
 
 
 def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(points, "SYSTEM_PREFIX", home / "usr/local")
-    monkeypatch.setattr(points.system_place, "__defaults__", (home / "usr/local", None))
     assert "not installed: perco desktop install" in perco("status").output
     perco("install")
     monkeypatch.setenv("XDG_CURRENT_DESKTOP", "ubuntu:GNOME")
