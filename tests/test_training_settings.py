@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from perco_engine.errors import InvalidSettings
-from perco_engine.training import settings
+from perco_engine.training import embedded_settings, settings
 from perco_engine.training.settings_file import examples, parse, read
 from pillow_perco.cli import main
 
@@ -127,13 +127,13 @@ def test_the_recipes_are_what_was_published() -> None:
         assert (one.objective.lpips_weight, one.objective.commitment_weight, one.resolution) == (0.1, 0, 512)
     embedded = parse({"recipe": "embedded", "run": "r", "data": LEAST["data"]}, "x")
     shipped = parsed["embedded"]
-    assert isinstance(embedded, settings.Embedded) and isinstance(shipped, settings.Embedded)
-    for stage in settings.STAGES:
+    assert isinstance(embedded, embedded_settings.Embedded) and isinstance(shipped, embedded_settings.Embedded)
+    for stage in embedded_settings.STAGES:
         assert getattr(embedded, stage) == getattr(shipped, stage)
 
 
 def test_what_is_given_for_each_level() -> None:
-    joint = settings.JointSettings(
+    joint = embedded_settings.JointSettings(
         steps=1, crops=((1, 96),), learning_rate=1e-4, level_weights=(3, 1), feature_weights=(0.5, 0.25)
     )
     drawn = Counter(joint.draw_level(random.Random(seed), 3) for seed in range(5000))

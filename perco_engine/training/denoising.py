@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ..models.autoencoder import PATCH, PatchAutoencoder
 from ..models.perceptual import FeatureDistance
-from .settings import StageName
+from .embedded_settings import StageName
 from .stage import Run
 
 WALK = tuple(range(999, 0, -50))

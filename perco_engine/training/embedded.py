@@ -9,7 +9,7 @@ text: a small text encoder (text.py) and the U-Net, which takes captions from th
 prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 
 A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
-a name in settings.StageName, and a table of its own in settings.Embedded.
+a name in embedded_settings.StageName, and a table of its own in embedded_settings.Embedded.
 """
 
 import json
@@ -38,11 +38,11 @@ from .denoising import (
     some_timesteps,
     walk,
 )
+from .embedded_settings import Embedded, StageName
 from .journal import Tell
 from .photos import random_crop, to_tensor
 from .prior import train_prior
 from .processes import accelerated
-from .settings import Embedded, StageName
 from .sources import UNREADABLE, open_source
 from .stage import Run, Stage, channels_last
 from .text import check_corpus, freeze_text, no_caption, text_parts, train_text

@@ -13,7 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InvalidSettings
 from ..rates import PERCO_SD
-from .settings import RECIPES, STAGES, Captions, Clock, Embedded, Model, Settings, WebdatasetData
+from .embedded_settings import STAGES, Clock, Embedded
+from .settings import Captions, Model, PercoSd, WebdatasetData
+
+Settings = PercoSd | Embedded
+
+RECIPES: dict[str, type[Any]] = {"perco-sd": PercoSd, "embedded": Embedded}
 
 S = TypeVar("S")
 

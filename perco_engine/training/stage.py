@@ -21,9 +21,9 @@ from ..models.ladder import HyperLadder
 from ..models.unet import UNet2DConditionModel
 from .checkpoints import Checkpoints, Progress
 from .crops import Crop, Crops, collate
+from .embedded_settings import Clock, Embedded, StageName
 from .journal import Journal, Tell
 from .photos import random_crop
-from .settings import Clock, Embedded, StageName
 from .sources import Source
 
 M = TypeVar("M", bound=nn.Module)

@@ -27,7 +27,7 @@ from ..models.unet import UNet2DConditionModel
 from ..prompts import embed_with_gradient
 from ..tags import SIDE_PX, labels
 from .denoising import autoencoder, diffusion_error, new_scheduler, picture_loss, some_timesteps, walk
-from .settings import TextSettings
+from .embedded_settings import TextSettings
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from . import embedded, perco_sd
+from .embedded_settings import Embedded
 from .journal import Tell
-from .settings import Embedded, Settings
-from .settings_file import read
+from .settings_file import Settings, read
 
 
 def check(config: Path) -> Settings:
