@@ -153,7 +153,7 @@ class Engine:
         for group in _groups([image.size for image in images]):
             with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
                 batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
-                encoded = self.pipeline.encode_image(batch, level)
+                encoded = self.pipeline.encode_image(batch, level, self.prior)
             for row, k in enumerate(group):
                 grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
         files = []

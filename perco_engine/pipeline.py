@@ -12,6 +12,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from .bitstream.prior import Prior
+from .choice import choose
 from .errors import InvalidModel, ModelUnavailable, NotFinite
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
 from .model_folder import OPTIONAL, load_folder, progress_bars_off
@@ -164,18 +166,19 @@ class PercoPipeline(DiffusionPipeline):
         return scaled
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor, level: int | None = None) -> tuple[Tensor, ...]:
+    def encode_image(self, image: Tensor, level: int | None = None, prior: Prior | None = None) -> tuple[Tensor, ...]:
         """Pictures (b, 3, h, w) in -1..1 to the indices of their hyper-latent.
 
         level: index into hyper_enc.rate_points; None is the highest.
+        prior: what files are written with: a ladder's coarsest codes are then chosen by its bits too (choice.py).
 
         Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
         """
         latents = self.encode_latents(image)
         check_finite(latents, "encoder", self.vae)
-        indices = self.hyper_enc(latents.to(self._execution_device, self.hyper_enc.dtype), level).indices
+        indices = choose(self.hyper_enc, prior, latents.to(self._execution_device, self.hyper_enc.dtype), level)
         self.maybe_free_model_hooks()
-        return indices if isinstance(indices, tuple) else (indices,)
+        return indices
 
     @torch.no_grad()
     def local_features(self, indices: Sequence[Tensor], height: int, width: int) -> Tensor:

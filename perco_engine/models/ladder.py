@@ -116,6 +116,12 @@ class LadderLevel(nn.Module):
         indices = (nearness.square() + self.rate_weight * bits.unsqueeze(-2)).argmin(-1)
         return indices, F.one_hot(indices, nearness.shape[-1]).to(nearness.dtype)
 
+    def distances(self, codes: Tensor) -> Tensor:
+        """Squared distances (b, rows, columns, n) float32 of codes (b, c, rows, columns) to all n of the codebook."""
+        places = codes.float().movedim(1, -1)
+        squares: Tensor = torch.cdist(places.flatten(0, 2), self.quantizer.codebook.float()).square()
+        return squares.view(*places.shape[:3], -1)
+
     def quantize(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes to (quantized codes, indices (b, rows, columns) int64, commitment loss ())."""
         with torch.autocast(codes.device.type, enabled=False):
@@ -135,6 +141,7 @@ class HyperLadder(ModelMixin, ConfigMixin):
     width: channels of the networks.
     rate_weights: `LadderLevel.rate_weight` of each level; none: 0.
     bpp: what files of each rate point take, in bits a pixel: its name; none: the sum of uniform rates.
+    prior_weights: of the coarsest levels, above 0: what a bit costs where the prior counts the bits (choice.py).
     """
 
     @register_to_config
@@ -145,6 +152,7 @@ class HyperLadder(ModelMixin, ConfigMixin):
         width: int = 64,
         rate_weights: Sequence[float] = (),
         bpp: Sequence[float] = (),
+        prior_weights: Sequence[float] = (),
     ) -> None:
         super().__init__()
         weights = rate_weights or [0.0] * len(grids)
@@ -175,11 +183,16 @@ class HyperLadder(ModelMixin, ConfigMixin):
             rung.rate_weight = weight
         self.register_to_config(rate_weights=list(weights))
 
-    def climb(self, latents: Tensor, level: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Levels 0..level on latents (b, c, h/8, w/8): their estimates, their indices, the sum of commitment losses."""
-        estimate = torch.zeros_like(latents)
+    def climb(
+        self, latents: Tensor, level: int, estimate: Tensor | None = None, first: int = 0
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Levels first..level on latents (b, c, h/8, w/8): their estimates, indices, and sum of commitment losses.
+
+        estimate: what the levels before `first` gave, (b, c, h/8, w/8); None: zeros.
+        """
+        estimate = torch.zeros_like(latents) if estimate is None else estimate
         estimates, grids, loss = [], [], latents.new_zeros((), dtype=torch.float32)
-        for rung in self.levels[: level + 1]:
+        for rung in self.levels[first : level + 1]:
             quantized, indices, commitment = rung.quantize(rung.encode(latents, estimate))
             estimate = rung.decode(quantized, estimate)
             estimates.append(estimate)

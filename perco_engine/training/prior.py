@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, SMALLEST_CODEBOOK
+from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, SMALLEST_CODEBOOK, Prior
+from ..choice import choose
 from ..errors import TrainingError
 from ..models.ladder import HyperLadder
 from ..rates import Grid
@@ -192,13 +193,13 @@ class PriorNetwork(nn.Module):
 
 
 @torch.no_grad()
-def codes_of_crops(run: Run, vae: Any, ladder: HyperLadder, count: int) -> list[Tensor]:
-    """The indices of random crops, (count, rows, columns) int16 a level."""
+def codes_of_crops(run: Run, vae: Any, ladder: HyperLadder, prior: Prior | None, count: int) -> list[Tensor]:
+    """The indices of random crops, (count, rows, columns) int16 a level, as an encoder with `prior` chooses them."""
     crops = Crops(run.source, random_crop, CROP_PX, run.settings.seed, count)
     found: list[list[Tensor]] = [[] for _ in ladder.levels]
     for position in range(count):
         crop = crops[position]["pixels"][None].to(run.accelerator.device)
-        _, grids, _ = ladder.climb(vae.encode(crop).latents, len(ladder.levels) - 1)
+        grids = choose(ladder, prior, vae.encode(crop).latents, None)
         for kept, grid in zip(found, grids, strict=True):
             kept.append(grid[0].to("cpu", torch.int16))
     return [torch.stack(kept) for kept in found]
@@ -220,10 +221,11 @@ def train_prior(run: Run) -> None:
             f"a prior needs codebooks of at least {SMALLEST_CODEBOOK} codes, and one here has {smallest}: leave the "
             f"stage prior out of stages"
         )
-    indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, settings.crops))
-    network = PriorNetwork(grids)
+    network, prior = PriorNetwork(grids), None
     if (begun := run.find((), "prior")) is not None:
         network.load_integers(load_file(begun / "prior.safetensors"))
+        prior = Prior.load(begun.parent)
+    indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, prior, settings.crops))
     stage = Stage(run, "prior", {"prior": network})
     for step in stage.steps():
         chosen = torch.randint(len(indices[0]), (settings.batch_size,))
