@@ -1,14 +1,19 @@
 """The choice of codes by distance and bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from perco_engine import bitstream, get_engine
 from perco_engine.bitstream.entropy import CDF
 from perco_engine.bitstream.prior import Prior
 from perco_engine.choice import choose
 from perco_engine.models.ladder import HyperLadder
+from perco_engine.pixels import to_tensor
 from perco_engine.rates import Grid
 from perco_engine.training.prior import PriorNetwork
 
@@ -82,3 +87,11 @@ def test_a_lower_rate_point_is_a_prefix_of_a_higher_one() -> None:
     ladder, prior, latents = made(0.7, 0.2)
     low, high = choose(ladder, prior, latents, 0), choose(ladder, prior, latents, 2)
     assert len(low) == 1 and torch.equal(low[0], high[0])
+
+
+def test_files_of_the_lowest_rate_are_shorter_than_with_the_nearest_codes(photo: Image.Image) -> None:
+    engine, image = get_engine(), photo.resize((768, 512))
+    data = engine.encode(image, bpp=0.002)
+    (nearest,) = engine.pipeline.encode_image(to_tensor([image]), 0)
+    codes = replace(engine.codes(data), indices=(nearest[0].numpy().astype(np.int32),))
+    assert len(data) < len(bitstream.pack(codes, engine.rate_points, prior=engine.prior))

@@ -55,6 +55,9 @@ GRIDS = ((64, 256), (32, 256), (16, 512), (16, 512), (8, 256), (8, 256))
 RATE_SHARES = (0.0, 0.0, 0.025, 0.025, 0.06, 0.06)
 """What a bit costs in the choice of a code at each level, relative to the variance of the codes."""
 
+PRIOR_WEIGHTS = (0.6, 0.1)
+"""What a bit costs at the coarsest levels, where the prior counts it, in squared distance of codes."""
+
 MODEL = "model"
 """The finished model's folder, in the run's."""
 
@@ -201,7 +204,7 @@ def train_ladder(run: Run) -> None:
 
 def new_ladder() -> HyperLadder:
     """The embedded model's hyper-encoder, freshly initialised."""
-    ladder: HyperLadder = HyperLadder(LATENT_CHANNELS, GRIDS)
+    ladder: HyperLadder = HyperLadder(LATENT_CHANNELS, GRIDS, prior_weights=PRIOR_WEIGHTS)
     return ladder
 
 
