@@ -15,8 +15,9 @@ from perco_engine.engine import get_engine
 from perco_engine.errors import InvalidSettings, TrainingError
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
-from perco_engine.training import embedded, settings
+from perco_engine.training import embedded
 from perco_engine.training.denoising import WALK, grid_excess, some_timesteps
+from perco_engine.training.embedded_settings import STAGES, StageName
 from perco_engine.training.journal import read_log
 from perco_engine.training.stage import pace
 from perco_engine.training.train import train
@@ -89,16 +90,16 @@ def test_all_stages_give_a_model(whole: Path, photo: Image.Image) -> None:
     assert (whole / "model" / "prior" / "prior.safetensors").is_file()
     assert engine.pipeline.tokenizer.model_max_length == 32
     assert not any("_name_or_path" in file.read_text() for file in (whole / "model").glob("*/config.json"))
-    for stage in settings.STAGES:
+    for stage in STAGES:
         assert [line["step"] for line in read_log(whole / stage)] == list(range(1, 6 if stage == "joint" else 4))
     assert list(json.loads((whole / "autoencoder" / "skipped.json").read_text())) == ["bad.png"]
 
 
-@pytest.mark.parametrize("stage", settings.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_goes_on_in_a_copy_of_its_folder(
-    stage: settings.StageName, whole: Path, photos: Path, beginning: Path, tmp_path: Path
+    stage: StageName, whole: Path, photos: Path, beginning: Path, tmp_path: Path
 ) -> None:
-    for earlier in settings.STAGES[: settings.STAGES.index(stage)]:
+    for earlier in STAGES[: STAGES.index(stage)]:
         shutil.copytree(whole / earlier / "finished", tmp_path / "run" / earlier / "finished")
     shutil.copytree(whole / stage / "checkpoints", tmp_path / "run" / stage / "checkpoints")
     for later in (tmp_path / "run" / stage / "checkpoints").glob("step-0000000[3-9]"):
@@ -109,7 +110,7 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
     with pytest.MonkeyPatch.context() as patch:  # what comes after the stage is another test's matter
         patch.setattr(embedded, "export", lambda run, folder: None)
         text = write_settings(tmp_path, photos, beginning).read_text()
-        stages = json.dumps(settings.STAGES[: settings.STAGES.index(stage) + 1])
+        stages = json.dumps(STAGES[: STAGES.index(stage) + 1])
         (tmp_path / "config.toml").write_text(f"stages = {stages}\n{text}")
         train(tmp_path / "config.toml", told.append)
     assert f"{stage}: goes on after step 2" in told
