@@ -132,10 +132,12 @@ def same(one: Path, data: bytes, size: int) -> None:
 def user() -> Iterator[str]:
     """A user who is not root."""
     needs("useradd", "userdel", "runuser")
-    name = "perco-test"
+    name = f"perco-test-{os.getpid()}"  # of this run's own: one that was broken off leaves its user behind
     subprocess.run(["useradd", "--no-create-home", name], check=True)
-    yield name
-    subprocess.run(["userdel", name], check=True, capture_output=True)
+    try:
+        yield name
+    finally:
+        subprocess.run(["userdel", name], check=True, capture_output=True)
 
 
 def given_to(folder: Path, user: str) -> None:
