@@ -42,7 +42,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home of ü"
     folder.mkdir()
     monkeypatch.setattr(points, "SYSTEM_PREFIX", tmp_path / "usr/local")
-    monkeypatch.setattr(points.system_place, "__defaults__", (tmp_path / "usr/local", None))
     monkeypatch.setenv("HOME", str(folder))
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "DESTDIR"):
         monkeypatch.delenv(name, raising=False)

@@ -56,12 +56,13 @@ def user_place() -> Place:
     return Place(data, config, data / "pillow-perco", (str(script("perco")),), thumbnailer)
 
 
-def system_place(prefix: Path = SYSTEM_PREFIX, destination: Path | None = None) -> Place:
+def system_place(prefix: Path | None = None, destination: Path | None = None) -> Place:
     """Where files of the system go: below `prefix`, and the one of Thunar's in /etc/xdg.
 
+    prefix: SYSTEM_PREFIX where none is given.
     destination: a folder that stands for / while a package is built (DESTDIR); the files name their places without it.
     """
-    root = destination or Path("/")
+    prefix, root = prefix or SYSTEM_PREFIX, destination or Path("/")
     inside = root / prefix.relative_to("/")
     helper = prefix / "bin" / "perco-thumbnailer"
     state = inside / "lib" / "pillow-perco"
