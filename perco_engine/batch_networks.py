@@ -35,7 +35,7 @@ seldom enough to take a few hundredths of the time at most."""
 class Settings:
     """How files are converted.  What is None is the model's, or the file's.
 
-    bpp, max_bytes, captioner, model: of encoding, as `Engine.encode_batch` takes them.
+    bpp, max_bytes, captioner, effort, model: of encoding, as `Engine.encode_batch` takes them.
     caption: of every picture; None: the text of a .txt file beside the photo, if `sidecars`.
     steps, guidance_scale: of decoding.  seed: of both.
     keep_metadata: EXIF and XMP travel along.
@@ -50,6 +50,7 @@ class Settings:
     caption: str | None = None
     sidecars: bool = True
     captioner: str | None = None
+    effort: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
@@ -117,6 +118,7 @@ class Networks:
                 caption=[item.caption for item in batch],
                 captioner=settings.captioner,
                 seed=settings.seed,
+                effort=settings.effort or 0,
                 metadata=[item.metadata for item in batch],
             )
             for item, data in zip(batch, encoded, strict=True):

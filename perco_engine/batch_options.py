@@ -19,6 +19,7 @@ class EncodeOptions(TypedDict, total=False):
     caption: str | Sequence[str | None] | None
     captioner: str | os.PathLike[str] | Captioner | None
     seed: int | None
+    effort: int
     best_of: int
     alpha: bool
     metadata: Metadata | Sequence[Metadata] | None

@@ -1,10 +1,12 @@
 """The choice of codes with the prior at hand: squared distance + weight x bits, as the prior counts them.
 
-A ladder by itself knows how often a code is chosen anywhere (`LadderLevel.cheapest`); the prior knows what is expected
+A ladder by itself knows how often a code is chosen anywhere (`LadderLevel.bits`); the prior knows what is expected
 here, but only once the indices before are known.  So the coarsest levels are chosen as the stream is written: level by
 level, phase by phase, each index the cheapest given those before (Chou, Lookabaugh & Gray, 1989, with the bits of an
 adaptive model).  Any choice is a valid file; decoders do not know of it.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,24 +22,42 @@ from .models.ladder import HyperLadder
 
 @torch.no_grad()
 def choose(
-    hyper_enc: HyperEncoder | HyperLadder, prior: Prior | None, latents: Tensor, level: int | None
+    hyper_enc: HyperEncoder | HyperLadder,
+    prior: Prior | None,
+    latents: Tensor,
+    level: int | None,
+    shifts: Sequence[Tensor] = (),
+    thrift: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """The indices of latents (b, c, h/8, w/8): grids (b, rows, columns) int64, coarse to fine.
 
     prior: what the stream is going to be written with; without it, or for no ladder, the hyper-encoder chooses alone.
     level: the rate point, 0..len(rate_points)-1; None is the highest.
+    shifts: for a ladder, what is added to the codes of each grid before they are chosen, (b, c, rows, columns).
+    thrift: how many times as much as usual a bit of a ladder's codes costs.
     """
-    if not isinstance(hyper_enc, HyperLadder) or prior is None:
+    if not isinstance(hyper_enc, HyperLadder):
         indices = hyper_enc(latents, level).indices
         return indices if isinstance(indices, tuple) else (indices,)
     level = len(hyper_enc.levels) - 1 if level is None else level
-    chosen = [_coarsest(hyper_enc, prior, one, level) for one in latents.split(1)]
-    estimate = torch.cat([estimate for estimate, _ in chosen])
-    coarsest = [torch.cat(grids) for grids in zip(*(grids for _, grids in chosen), strict=True)]
-    return *coarsest, *hyper_enc.climb(latents, level, estimate, len(coarsest))[1]
+    estimate, grids = torch.zeros_like(latents), list[Tensor]()
+    if prior is not None:
+        chosen = [
+            _coarsest(hyper_enc, prior, latents[k : k + 1], level, [s[k : k + 1] for s in shifts], thrift)
+            for k in range(len(latents))
+        ]
+        estimate = torch.cat([estimate for estimate, _ in chosen])
+        grids = [torch.cat(grid) for grid in zip(*(grids for _, grids in chosen), strict=True)]
+    for k, rung in enumerate(hyper_enc.levels[len(grids) : level + 1], len(grids)):
+        costs = rung.distances(_shifted(rung.encode(latents, estimate), shifts, k))
+        grids.append((costs + thrift * rung.rate_weight * rung.bits).argmin(-1))
+        estimate = rung.decode(rung.look_up(grids[-1]), estimate)
+    return tuple(grids)
 
 
-def _coarsest(ladder: HyperLadder, prior: Prior, latents: Tensor, level: int) -> tuple[Tensor, list[Tensor]]:
+def _coarsest(
+    ladder: HyperLadder, prior: Prior, latents: Tensor, level: int, shifts: Sequence[Tensor], thrift: float
+) -> tuple[Tensor, list[Tensor]]:
     """The estimate, and the grids, of the levels that have a weight, of one picture."""
     distances: NDArray[np.float32]  # of the level at hand, in bits
 
@@ -48,10 +68,16 @@ def _coarsest(ladder: HyperLadder, prior: Prior, latents: Tensor, level: int) ->
 
     rows, columns = latents.shape[-2:]
     walk = prior.walk(ladder.rate_points[level], columns * PATCH, rows * PATCH, cheapest)
-    estimate, grids = torch.zeros_like(latents), []
-    for weight, rung in zip(ladder.config.prior_weights, ladder.levels[: level + 1], strict=False):
-        distances = (rung.distances(rung.encode(latents, estimate))[0] / weight).cpu().numpy()
+    estimate, grids = torch.zeros_like(latents), list[Tensor]()
+    for k, (weight, rung) in enumerate(zip(ladder.config.prior_weights, ladder.levels[: level + 1], strict=False)):
+        codes = _shifted(rung.encode(latents, estimate), shifts, k)
+        distances = (rung.distances(codes)[0] / (weight * thrift)).cpu().numpy()
         indices = torch.from_numpy(next(walk)).long()[None].to(latents.device)
         estimate = rung.decode(rung.look_up(indices), estimate)
         grids.append(indices)
     return estimate, grids
+
+
+def _shifted(codes: Tensor, shifts: Sequence[Tensor], level: int) -> Tensor:
+    """Continuous codes, moved by what their level's shifts say, if there are any."""
+    return codes + shifts[level] if shifts else codes

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
@@ -26,6 +27,7 @@ from .memory import Placement, explained
 from .opacity import opacity
 from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
+from .search import MOST_STEPS, search
 from .torchac_backend import AutomaticCoder
 
 CODER = AutomaticCoder()
@@ -68,6 +70,7 @@ class Engine:
         self.prior = Prior.load(model.folder)
         networks = self.pipeline.networks.values()
         for network in networks:
+            network.requires_grad_(False)
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size_bytes = weights_bytes(*networks)
         (placement or Placement()).put(self.pipeline, device)
@@ -111,6 +114,7 @@ class Engine:
         caption: str | Sequence[str | None] | None = None,
         captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
+        effort: int = 0,
         best_of: int = 1,
         alpha: bool = True,
         metadata: Metadata | Sequence[Metadata] | None = None,
@@ -125,6 +129,9 @@ class Engine:
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
+        effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about three decodes;
+            8 brings most of what there is.  For models with a ladder of codes, such as the embedded one, and with the
+            packages of `pip install 'pillow-perco[tags]'`.  0: codes as the encoder alone chooses them.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
@@ -139,6 +146,7 @@ class Engine:
             level = rates.nearest(points, rates.DEFAULT_BPP)
         if max_bytes is not None:
             max_bytes = whole_number("max_bytes", max_bytes, 1)
+        effort = whole_number("effort", effort, 0, MOST_STEPS)
         best_of = whole_number("best_of", best_of, 1, MOST_SEEDS)
         if seed is not None:
             seed = check_seed(seed)
@@ -170,12 +178,24 @@ class Engine:
                 metadata=block or Metadata(),
             )
             codes, data = self._fit(codes, image, max_bytes)
+            if effort:
+                searched = replace(codes, indices=self._search(codes, image, effort))
+                longer = self._pack(searched)
+                if max_bytes is None or len(longer) <= max_bytes:
+                    codes, data = searched, longer
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
                 longer = self._pack(seeded)
                 data = longer if max_bytes is None or len(longer) <= max_bytes else data
             files.append(data)
         return files
+
+    def _search(self, codes: Codes, image: Image.Image, effort: int) -> tuple[NDArray[np.int32], ...]:
+        """Better codes for the picture, at the same rate point."""
+        with self._lock, explained("encode", self.pipeline, 1, image.size):
+            photo = self.pipeline.pad(pixels.to_tensor([pixels.to_rgb(image)]))
+            grids = search(self.pipeline, self.prior, photo, len(codes.indices) - 1, codes.caption, effort)
+        return tuple(grid[0].to(torch.int32).cpu().numpy() for grid in grids)
 
     def _nearest_seed(self, codes: Codes, image: Image.Image, best_of: int) -> int:
         """Of the seeds 0..best_of-1, the one whose decoded picture has the least squared error in RGB."""

@@ -153,17 +153,26 @@ class PercoPipeline(DiffusionPipeline):
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"pictures must have the shape (b, 3, h, w), not {tuple(image.shape)}")
-        height, width = image.shape[-2:]
-        rows, columns = self.latent_size(height, width)
-        padding = (0, columns * VAE_FACTOR - width, 0, rows * VAE_FACTOR - height)
-        image = F.pad(image.to(self._execution_device, self.vae.dtype), padding, mode="replicate")
+        image = self.pad(image.to(self._execution_device, self.vae.dtype))
         if isinstance(self.vae, PatchAutoencoder):
             latents: Tensor = self.vae.encode(image).latents
         else:
-            tiles = LatentTiles(rows, columns, self.vae_tile_latents, self.overlap_latents)
+            tiles = LatentTiles(
+                image.shape[-2] // VAE_FACTOR,
+                image.shape[-1] // VAE_FACTOR,
+                self.vae_tile_latents,
+                self.overlap_latents,
+            )
             latents = tiles.blend(lambda tile: self.vae.encode(tile).latent_dist.mean, image)
         scaled: Tensor = latents * self.vae.config.scaling_factor
         return scaled
+
+    def pad(self, image: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w), the last row and column repeated, as the autoencoder takes them."""
+        height, width = image.shape[-2:]
+        rows, columns = self.latent_size(height, width)
+        padding = (0, columns * VAE_FACTOR - width, 0, rows * VAE_FACTOR - height)
+        return F.pad(image, padding, mode="replicate")
 
     @torch.no_grad()
     def encode_image(self, image: Tensor, level: int | None = None, prior: Prior | None = None) -> tuple[Tensor, ...]:
@@ -301,7 +310,6 @@ class PercoPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    @torch.no_grad()
     def denoise(
         self,
         noise: Tensor,
@@ -335,7 +343,6 @@ class PercoPipeline(DiffusionPipeline):
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         return latents
 
-    @torch.no_grad()
     def predict(self, sample: Tensor, timestep: Tensor, local_features: Tensor, text: Tensor | None) -> Tensor:
         """What the U-Net says of noisy latents (b, c, rows, columns), float32, in tiles where they are large.
 
@@ -352,7 +359,6 @@ class PercoPipeline(DiffusionPipeline):
 
         return tiles.blend(one, sample, local_features, at_once=at_once)
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Scaled latents (b, c, *latent_size(height, width)) to pictures (b, 3, height, width) float32 in 0..1."""
         latents = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor

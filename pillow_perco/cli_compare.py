@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .cli_evaluate import OUT, listed
+from .cli_evaluate import EFFORT, OUT, listed
 
 PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
 PAGE = click.Path(dir_okay=False, path_type=Path)
@@ -28,9 +28,10 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--by", metavar="METRIC", help="Classical files are the best by this.  [default: the feature distance]")
 @click.option("--peers", type=OUT, help="Folder that keeps the classical files that were tried, for other runs.")
+@EFFORT
 def compare(
     photos: tuple[Path, ...], out: Path, model: str, bpp: str | None, max_size: int, against: str, metrics: str | None,
-    by: str | None, peers: Path | None,
+    by: str | None, peers: Path | None, effort: int,
 ) -> None:  # fmt: skip
     """Show PHOTOS at every rate beside JPEG, WebP, AVIF and JPEG XL of the same bytes, on one HTML page."""
     from perco_engine.evaluation import compare as comparing
@@ -43,6 +44,7 @@ def compare(
         listed(metrics, str) or comparing.DEFAULT_METRICS,
         by,
         peers,
+        effort,
     )
     comparing.compare(photos, out, settings, lambda text: click.echo(text, err=True))
     click.echo(f"look at {out}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")

@@ -22,7 +22,10 @@ from perco_engine.errors import ConversionError
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
-ENCODING = {"bpp": "--bpp", "max_bytes": "--max-bytes", "caption": "--caption", "captioner": "--captioner"}
+ENCODING = {
+    "bpp": "--bpp", "max_bytes": "--max-bytes", "caption": "--caption", "captioner": "--captioner",
+    "effort": "--effort",
+}  # fmt: skip
 DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 
 
@@ -47,6 +50,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
+@click.option("--effort", type=click.IntRange(0, 100), help="To .perco: steps of a search for better codes.")
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(
     "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."

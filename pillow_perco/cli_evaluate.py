@@ -6,6 +6,10 @@ from typing import Any
 import click
 
 OUT = click.Path(file_okay=False, path_type=Path)
+EFFORT = click.option(
+    "--effort", type=click.IntRange(0, 100), default=0, show_default=True,
+    help="Steps of a search for better codes.",
+)  # fmt: skip
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -29,9 +33,10 @@ def listed(text: str | None, kind: type) -> tuple[Any, ...]:
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that look for them.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many photos.")
 @click.option("--captioner", metavar="MODEL", help="Writes the captions of photos without a .txt file beside them.")
+@EFFORT
 def evaluate(
     folder: Path, out: Path, model: str, bpp: str | None, steps: str | None, metrics: str | None, against: str | None,
-    peers: Path | None, jobs: int, limit: int | None, captioner: str | None,
+    peers: Path | None, jobs: int, limit: int | None, captioner: str | None, effort: int,
 ) -> None:  # fmt: skip
     """Encode and decode the photos of FOLDER at every rate, and measure rates, quality and times.
 
@@ -51,6 +56,7 @@ def evaluate(
         listed(against, str),
         limit,
         captioner,
+        effort,
         peers,
         jobs,
     )

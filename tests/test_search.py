@@ -1,0 +1,154 @@
+"""Codes that are searched for by decoding."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import pillow_perco
+from perco_engine import get_engine, search
+from perco_engine.devices import cache
+from perco_engine.engine import Engine
+from perco_engine.errors import ModelUnavailable
+from perco_engine.models.perceptual import FeatureDistance
+from perco_engine.pixels import to_tensor
+from pillow_perco.cli import main
+
+pytest.importorskip("efficientnet_lite_pytorch")
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="module")
+def stranger() -> FeatureDistance:
+    """A network that the search does not look at."""
+    return FeatureDistance("lite1")
+
+
+def distances(stranger: FeatureDistance, engine: Engine, data: bytes, photo: Image.Image) -> tuple[float, float]:
+    """By that network's features, and the squared error of pixels."""
+    picture, target = to_tensor([engine.decode(data)]), to_tensor([photo])
+    return float(stranger(picture, target)), float((picture - target).square().mean())
+
+
+@pytest.mark.parametrize("bpp", [0.008, 0.03, 0.13])
+def test_what_is_searched_for_is_nearer_in_as_many_bytes(
+    stranger: FeatureDistance, photo: Image.Image, bpp: float
+) -> None:
+    engine = get_engine()
+    plain, searched = engine.encode(photo, bpp=bpp), engine.encode(photo, bpp=bpp, effort=8)
+    assert abs(len(searched) - len(plain)) <= 4 + len(plain) // 20
+    features, pixels = distances(stranger, engine, plain, photo)
+    nearer, of_pixels = distances(stranger, engine, searched, photo)
+    assert nearer < 0.97 * features
+    assert of_pixels < 1.15 * pixels
+    assert engine.codes(searched).rate_point == engine.codes(plain).rate_point
+
+
+def test_the_same_effort_gives_the_same_bytes_alone_and_in_a_batch(photo: Image.Image) -> None:
+    engine, other = get_engine(), photo.transpose(Image.Transpose.ROTATE_180)
+    alone = [engine.encode(image, bpp=0.008, effort=2) for image in (photo, other)]
+    assert engine.encode_batch([photo, other], bpp=0.008, effort=2) == alone
+    assert alone[0] != engine.encode(photo, bpp=0.008) == engine.encode(photo, bpp=0.008, effort=0)
+
+
+def test_large_pictures_are_searched_in_tiles(
+    stranger: FeatureDistance, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, photo = get_engine(), photo.resize((403, 269))
+    features, _ = distances(stranger, engine, engine.encode(photo, bpp=0.03), photo)
+    whole = engine.codes(engine.encode(photo, bpp=0.03, effort=3))
+    sizes = []
+    tile = search._search_tile
+    monkeypatch.setattr(search, "TILE", 32)
+    monkeypatch.setattr(search, "_search_tile", lambda *a: sizes.append(tuple(a[3].shape[-2:])) or tile(*a))
+    data = engine.encode(photo, bpp=0.03, effort=3)
+    assert sizes == [(height, width) for height in (192, 208, 80) for width in (192, 256, 216, 88)]
+    nearer, _ = distances(stranger, engine, data, photo)
+    assert nearer < 0.98 * features
+    same = [float((a == b).mean()) for a, b in zip(whole.indices, engine.codes(data).indices, strict=True)]
+    assert min(same) > 0.4
+
+
+@pytest.mark.parametrize("rows, columns", [(96, 96), (97, 96), (1, 9300), (203, 150), (512, 512)])
+def test_every_code_is_of_exactly_one_tile(rows: int, columns: int) -> None:
+    for halvings in (0, 1, 3):
+        count = np.zeros((-(-rows >> halvings), -(-columns >> halvings)), int)
+        for outer, inner in search._tiles(rows, columns, 8):
+            for around, side, end in zip(outer, inner, (rows, columns), strict=True):
+                assert max(side.start - 8, 0) == around.start and min(side.stop + 8, end) == around.stop
+                assert side.start % 8 == 0
+            count[tuple(search._cells(side, halvings) for side in inner)] += 1
+        assert (count == 1).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 90), (65, 8)])
+def test_any_size_can_be_searched(photo: Image.Image, size: tuple[int, int]) -> None:
+    engine = get_engine()
+    assert engine.decode(engine.encode(photo.resize(size), bpp=0.13, effort=1)).size == size
+
+
+def test_what_does_not_fit_is_not_searched_for(photo: Image.Image) -> None:
+    engine = get_engine()
+    most = len(engine.encode(photo, bpp=0.03))
+    for limit in (most - 1, most, most + 20):
+        plain, data = engine.encode(photo, max_bytes=limit), engine.encode(photo, max_bytes=limit, effort=2)
+        assert len(data) <= limit
+        assert engine.codes(data).rate_point == engine.codes(plain).rate_point
+
+
+def test_captions_are_looked_at(photo: Image.Image) -> None:
+    engine = get_engine()
+    codes = [
+        engine.codes(engine.encode(photo, bpp=0.008, effort=2, caption=text)) for text in ("", "a red fire engine")
+    ]
+    assert not all(np.array_equal(a, b) for a, b in zip(*(c.indices for c in codes), strict=True))
+
+
+def test_networks_in_16_bits_search_as_well(stranger: FeatureDistance, photo: Image.Image) -> None:
+    engine = get_engine(dtype=torch.bfloat16)
+    features, _ = distances(stranger, engine, engine.encode(photo, bpp=0.03), photo)
+    nearer, _ = distances(stranger, engine, engine.encode(photo, bpp=0.03, effort=4), photo)
+    assert nearer < 0.98 * features
+
+
+@pytest.mark.parametrize("effort", [-1, 101, True, 2.0, "8"])
+def test_a_wrong_effort_is_a_value_error(photo: Image.Image, tmp_path: Path, effort: Any) -> None:
+    with pytest.raises(ValueError, match="effort must be an integer from 0 to 100"):
+        photo.save(tmp_path / "x.perco", effort=effort)
+
+
+def test_models_without_a_ladder_say_so(photo: Image.Image) -> None:
+    engine = get_engine(PARITY / "pipeline_tiny" / "pipeline")
+    with pytest.raises(ValueError, match="leave it out"):
+        engine.encode(photo, effort=1)
+
+
+def test_without_the_features_it_says_what_to_install(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = get_engine()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "lite0" in name else found(name, *a))
+    cache.drop(("lite0", str(engine.device)))
+    with pytest.raises(ModelUnavailable, match=r"pip install 'pillow-perco\[tags\]'"):
+        engine.encode(photo, effort=1)
+    assert engine.encode(photo)
+
+
+def test_on_the_command_line(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    engine = get_engine()
+    searched = engine.encode(photo, bpp=0.008, effort=2)
+    for command in (
+        ["encode", str(tmp_path / "photo.png"), str(tmp_path / "a.perco")],
+        ["convert", str(tmp_path / "photo.png"), str(tmp_path / "b.perco")],
+    ):
+        result = CliRunner().invoke(main, [*command, "--bpp", "0.008", "--effort", "2", "--no-thumbnails"])
+        assert result.exit_code == 0, result.output
+        assert Path(command[2]).read_bytes() == searched
+    pillow_perco.save(photo, tmp_path / "c.perco", bpp=0.008, effort=2)
+    assert (tmp_path / "c.perco").read_bytes() == searched
