@@ -129,7 +129,7 @@ class Engine:
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
-        effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about three decodes;
+        effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about two decodes;
             8 brings most of what there is.  For models with a ladder of codes, such as the embedded one, and with the
             packages of `pip install 'pillow-perco[tags]'`.  0: codes as the encoder alone chooses them.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has

@@ -46,6 +46,9 @@ THRIFT = 1.3
 COLOURS = 20.0
 """The weight of the squared error of means of 16x16 pixels in -1..1: features hardly mind colours, and people do."""
 
+HUES = 100.0
+"""At the lowest rate, besides, that of how these means differ from their grey: so few codes bought shapes with them."""
+
 TILE, MARGIN = 96, 8
 """Latents a side that are searched at once, and those around them, of larger pictures, whose shifts are thrown away."""
 
@@ -111,6 +114,8 @@ def _search_tile(
             picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
             loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
             loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
+            if level == 0:
+                loss = loss + HUES * F.mse_loss(_hues(picture), _hues(photo))
             loss = loss + distance.between(distance.features(_enlarged(picture)), target)
             # of all latents, so that no gradient is below what 16 bits can hold
             slopes = torch.autograd.grad(loss * latents[0, 0].numel(), codes)
@@ -130,6 +135,12 @@ def _search_tile(
 def _means(picture: Tensor) -> Tensor:
     """The means of 16x16 pixels, at the border of fewer."""
     return F.avg_pool2d(picture, 16, ceil_mode=True, count_include_pad=False)
+
+
+def _hues(picture: Tensor) -> Tensor:
+    """How the channels of these means differ from the mean of all three."""
+    means = _means(picture)
+    return means - means.mean(1, keepdim=True)
 
 
 def _enlarged(picture: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import ModelUnavailable
+
 SIZE = 768, 512
+
+EFFORT = 8
+"""Steps of the search for codes that is timed."""
 
 _IMPORT = """
 import sys, time
@@ -112,6 +118,10 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
         data = engine.encode(photo, bpp=point.bpp)
         figures[f"file at {point.bpp} bpp (bytes)"] = len(data)
         figures[f"encode at {point.bpp} bpp (s)"] = _median_seconds(partial(engine.encode, photo, bpp=point.bpp), times)
+    with suppress(ModelUnavailable):  # the search needs packages that need not be there
+        for point in (engine.rate_points[0], engine.rate_points[-1]):
+            searching = partial(engine.encode, photo, bpp=point.bpp, effort=EFFORT)
+            figures[f"encode at {point.bpp} bpp, effort {EFFORT} (s)"] = _median_seconds(searching, 1)
     figures["decode, default steps (s)"] = _median_seconds(lambda: engine.decode(data), times)
     for steps in (0, 1, 4, 20):
         figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)
