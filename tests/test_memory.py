@@ -72,7 +72,7 @@ def test_running_out_of_memory_says_what_takes_less(tiny_model: Path, photo: Ima
     finally:
         hook.remove()
     assert engine.decode(data).size == (192, 128)  # the engine is of use again
-    hook = engine.pipeline.hyper_enc.register_forward_pre_hook(absurd)
+    hook = engine.pipeline.hyper_enc.levels[0].encoder.register_forward_pre_hook(absurd)
     try:
         with pytest.raises(NotEnoughMemory, match=r"encode 1 picture of 192x128 pixels on cpu: try a smaller picture"):
             engine.encode(photo)
