@@ -180,13 +180,10 @@ class Engine:
             codes, data = self._fit(codes, image, max_bytes)
             if effort:
                 searched = replace(codes, indices=self._search(codes, image, effort))
-                longer = self._pack(searched)
-                if max_bytes is None or len(longer) <= max_bytes:
-                    codes, data = searched, longer
+                codes, data = self._if_it_fits(searched, max_bytes) or (codes, data)
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
-                longer = self._pack(seeded)
-                data = longer if max_bytes is None or len(longer) <= max_bytes else data
+                codes, data = self._if_it_fits(seeded, max_bytes) or (codes, data)
             files.append(data)
         return files
 
@@ -208,6 +205,11 @@ class Engine:
 
     def _pack(self, codes: Codes) -> bytes:
         return bitstream.pack(codes, self._file_rate_points, prior=self.prior, coder=CODER)
+
+    def _if_it_fits(self, codes: Codes, max_bytes: int | None) -> tuple[Codes, bytes] | None:
+        """The codes and their bytes; None where these are more than max_bytes."""
+        data = self._pack(codes)
+        return (codes, data) if max_bytes is None or len(data) <= max_bytes else None
 
     def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
         """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""

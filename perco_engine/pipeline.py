@@ -157,12 +157,8 @@ class PercoPipeline(DiffusionPipeline):
         if isinstance(self.vae, PatchAutoencoder):
             latents: Tensor = self.vae.encode(image).latents
         else:
-            tiles = LatentTiles(
-                image.shape[-2] // VAE_FACTOR,
-                image.shape[-1] // VAE_FACTOR,
-                self.vae_tile_latents,
-                self.overlap_latents,
-            )
+            rows, columns = self.latent_size(*image.shape[-2:])
+            tiles = LatentTiles(rows, columns, self.vae_tile_latents, self.overlap_latents)
             latents = tiles.blend(lambda tile: self.vae.encode(tile).latent_dist.mean, image)
         scaled: Tensor = latents * self.vae.config.scaling_factor
         return scaled

@@ -15,7 +15,6 @@ compression, Campos et al., 2019 (arXiv 1906.01223), Yang et al., 2020 (arXiv 20
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,12 +23,10 @@ from torch.nn import functional as F  # noqa: N812
 from .bitstream.prior import Prior
 from .choice import choose
 from .features import lite0
-from .models.autoencoder import PATCH
+from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
-
-if TYPE_CHECKING:
-    from .pipeline import PercoPipeline
+from .pipeline import PercoPipeline, draw_noise
 
 MOST_STEPS = 100
 """How many steps a search may have."""
@@ -54,7 +51,7 @@ TILE, MARGIN = 96, 8
 
 
 def search(
-    pipeline: "PercoPipeline", prior: Prior | None, photo: Tensor, level: int, caption: str, steps: int
+    pipeline: PercoPipeline, prior: Prior | None, photo: Tensor, level: int, caption: str, steps: int
 ) -> tuple[Tensor, ...]:
     """The indices of a picture, grids (1, rows, columns) int64, coarse to fine, found in so many steps.
 
@@ -72,11 +69,10 @@ def search(
     text = None if pipeline.text_encoder is None else pipeline.encode_prompt([caption])
     rungs = ladder.levels[: level + 1]
     rows, columns = latents.shape[-2:]
-    shapes = ladder.rate_points[level].shapes(columns * PATCH, rows * PATCH)
-    shifts = [torch.zeros(1, latents.shape[1], *shape, device=device) for shape in shapes]
+    shifts = _unmoved(ladder, latents, level)
     for outer, inner in _tiles(rows, columns, 2 ** rungs[0].halvings):
         (top, left), (inner_top, inner_left) = outer, inner
-        cut = photo[..., _pixels(top), _pixels(left)], latents[..., top, left]
+        cut = photo[..., scaled(top, PATCH), scaled(left, PATCH)], latents[..., top, left]
         found = _search_tile(pipeline, prior, distance, *cut, level, text, steps)
         for rung, whole, tile in zip(rungs, shifts, found, strict=True):
             halvings = rung.halvings
@@ -86,7 +82,7 @@ def search(
 
 
 def _search_tile(
-    pipeline: "PercoPipeline",
+    pipeline: PercoPipeline,
     prior: Prior | None,
     distance: FeatureDistance,
     photo: Tensor,
@@ -98,8 +94,9 @@ def _search_tile(
     """The shifts of a picture's codes, (1, c, rows, columns) float32 each, after so many steps."""
     ladder: HyperLadder = pipeline.hyper_enc
     rungs = ladder.levels[: level + 1]
-    shifts: list[Tensor] = []
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    shifts, moves = _unmoved(ladder, latents, level), _unmoved(ladder, latents, level)
+    units: list[Tensor] = []
+    noise = draw_noise(tuple(latents.shape), torch.Generator().manual_seed(0))
     with torch.no_grad():
         target = distance.features(_enlarged(photo))
     for step in range(steps):
@@ -119,8 +116,7 @@ def _search_tile(
             loss = loss + distance.between(distance.features(_enlarged(picture)), target)
             # of all latents, so that no gradient is below what 16 bits can hold
             slopes = torch.autograd.grad(loss * latents[0, 0].numel(), codes)
-        if step == 0:
-            shifts, moves = ([torch.zeros_like(code, dtype=torch.float32) for code in codes] for _ in range(2))
+        if not units:
             units = [
                 rung.quantizer.codebook.float().std() / slope.float().square().mean().sqrt().clamp(min=1e-12)
                 for rung, slope in zip(rungs, slopes, strict=True)
@@ -130,6 +126,13 @@ def _search_tile(
             move.lerp_(slope.float(), 1 - MOMENTUM)
             shift.sub_(move * (unit * pace))
     return shifts
+
+
+def _unmoved(ladder: HyperLadder, latents: Tensor, level: int) -> list[Tensor]:
+    """Shifts of nothing for the codes of a picture, (1, c, rows, columns) float32 for each grid."""
+    rows, columns = latents.shape[-2:]
+    shapes = ladder.rate_points[level].shapes(columns * PATCH, rows * PATCH)
+    return [torch.zeros(1, latents.shape[1], *shape, device=latents.device) for shape in shapes]
 
 
 def _means(picture: Tensor) -> Tensor:
@@ -149,11 +152,6 @@ def _enlarged(picture: Tensor) -> Tensor:
     return F.pad(picture, (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate")
 
 
-def _pixels(side: slice) -> slice:
-    """A stretch of latents in pixels."""
-    return slice(side.start * PATCH, side.stop * PATCH)
-
-
 def _cells(side: slice, halvings: int, origin: int = 0) -> slice:
     """A stretch of latents as one of cells of 2**halvings latents, counted from `origin`; both start between cells."""
     return slice((side.start - origin) >> halvings, -((origin - side.stop) >> halvings))
@@ -161,19 +159,6 @@ def _cells(side: slice, halvings: int, origin: int = 0) -> slice:
 
 def _tiles(rows: int, columns: int, multiple: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
     """(rows, columns) of latents that are searched at once, and of those whose shifts are kept, at such multiples."""
-    if rows * columns <= TILE**2:
-        whole = slice(0, rows), slice(0, columns)
-        yield whole, whole
-        return
     margin = -(-MARGIN // multiple) * multiple
-    core = max(TILE // multiple * multiple - 2 * margin, multiple)
-    for top in range(0, rows, core):
-        for left in range(0, columns, core):
-            inner = slice(top, min(top + core, rows)), slice(left, min(left + core, columns))
-            yield (
-                (
-                    slice(max(top - margin, 0), min(top + core + margin, rows)),
-                    slice(max(left - margin, 0), min(left + core + margin, columns)),
-                ),
-                inner,
-            )
+    side = max(TILE // multiple * multiple, 2 * margin + multiple)
+    yield from tiles_with_margins(rows, columns, side, margin)

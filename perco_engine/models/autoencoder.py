@@ -6,7 +6,7 @@ network starts from a picture instead of from noise, and so that a preview at 1/
 convolution (`decode_preview`).  All heavy layers work at 1/8 and 1/4 of the picture's size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,33 @@ def zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     return conv
 
 
+def tiles_with_margins(
+    rows: int, columns: int, side: int, margin: int
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Tiles of side x side cells at most, margins included: (rows, columns) of each, and of what is kept of it.
+
+    What is kept covers every cell once; a grid of no more than side**2 cells is one tile.
+    """
+    if rows * columns <= side**2:
+        whole = slice(0, rows), slice(0, columns)
+        yield whole, whole
+        return
+    core = side - 2 * margin
+    for top in range(0, rows, core):
+        for left in range(0, columns, core):
+            bottom, right = min(top + core, rows), min(left + core, columns)
+            outer = (
+                slice(max(top - margin, 0), min(bottom + margin, rows)),
+                slice(max(left - margin, 0), min(right + margin, columns)),
+            )
+            yield outer, (slice(top, bottom), slice(left, right))
+
+
+def scaled(side: slice, factor: int, origin: int = 0) -> slice:
+    """A stretch of cells, counted from `origin`, as one of what each has `factor` of."""
+    return slice((side.start - origin) * factor, (side.stop - origin) * factor)
+
+
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, cell_in: int, cell_out: int) -> Tensor:
     """function(x), computed tile by tile where x is large: the same up to rounding, in bounded memory.
 
@@ -55,26 +82,13 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, cell_in: int, cell
     rows, columns = x.shape[-2] // cell_in, x.shape[-1] // cell_in
     if rows * columns <= TILE**2:
         return function(x)
-    core = TILE - 2 * MARGIN
     result: Tensor | None = None
-    for top in range(0, rows, core):
-        for left in range(0, columns, core):
-            bottom, right = min(top + core, rows), min(left + core, columns)
-            outer = (
-                max(top - MARGIN, 0),
-                max(left - MARGIN, 0),
-                min(bottom + MARGIN, rows),
-                min(right + MARGIN, columns),
-            )
-            part = x[..., outer[0] * cell_in : outer[2] * cell_in, outer[1] * cell_in : outer[3] * cell_in]
-            tile = function(part)[
-                ...,
-                (top - outer[0]) * cell_out : (bottom - outer[0]) * cell_out,
-                (left - outer[1]) * cell_out : (right - outer[1]) * cell_out,
-            ]
-            if result is None:
-                result = tile.new_empty((*tile.shape[:2], rows * cell_out, columns * cell_out))
-            result[..., top * cell_out : bottom * cell_out, left * cell_out : right * cell_out] = tile
+    for (top, left), (inner_top, inner_left) in tiles_with_margins(rows, columns, TILE, MARGIN):
+        tile = function(x[..., scaled(top, cell_in), scaled(left, cell_in)])
+        if result is None:
+            result = tile.new_empty((*tile.shape[:2], rows * cell_out, columns * cell_out))
+        own = tile[..., scaled(inner_top, cell_out, top.start), scaled(inner_left, cell_out, left.start)]
+        result[..., scaled(inner_top, cell_out), scaled(inner_left, cell_out)] = own
     assert result is not None
     return result
 

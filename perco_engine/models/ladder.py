@@ -184,16 +184,11 @@ class HyperLadder(ModelMixin, ConfigMixin):
             rung.rate_weight = weight
         self.register_to_config(rate_weights=list(weights))
 
-    def climb(
-        self, latents: Tensor, level: int, estimate: Tensor | None = None, first: int = 0
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Levels first..level on latents (b, c, h/8, w/8): their estimates, indices, and sum of commitment losses.
-
-        estimate: what the levels before `first` gave, (b, c, h/8, w/8); None: zeros.
-        """
-        estimate = torch.zeros_like(latents) if estimate is None else estimate
+    def climb(self, latents: Tensor, level: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Levels 0..level on latents (b, c, h/8, w/8): their estimates, indices, and sum of commitment losses."""
+        estimate = torch.zeros_like(latents)
         estimates, grids, loss = [], [], latents.new_zeros((), dtype=torch.float32)
-        for rung in self.levels[first : level + 1]:
+        for rung in self.levels[: level + 1]:
             quantized, indices, commitment = rung.quantize(rung.encode(latents, estimate))
             estimate = rung.decode(quantized, estimate)
             estimates.append(estimate)
