@@ -118,7 +118,7 @@ class Networks:
                 caption=[item.caption for item in batch],
                 captioner=settings.captioner,
                 seed=settings.seed,
-                effort=settings.effort or 0,
+                effort=settings.effort,
                 metadata=[item.metadata for item in batch],
             )
             for item, data in zip(batch, encoded, strict=True):

@@ -19,7 +19,7 @@ class EncodeOptions(TypedDict, total=False):
     caption: str | Sequence[str | None] | None
     captioner: str | os.PathLike[str] | Captioner | None
     seed: int | None
-    effort: int
+    effort: int | None
     best_of: int
     alpha: bool
     metadata: Metadata | Sequence[Metadata] | None

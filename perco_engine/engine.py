@@ -27,7 +27,7 @@ from .memory import Placement, explained
 from .opacity import opacity
 from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
-from .search import MOST_STEPS, search
+from .search import MOST_STEPS, search, usual_steps
 from .torchac_backend import AutomaticCoder
 
 CODER = AutomaticCoder()
@@ -114,7 +114,7 @@ class Engine:
         caption: str | Sequence[str | None] | None = None,
         captioner: str | os.PathLike[str] | Captioner | None = None,
         seed: int | None = None,
-        effort: int = 0,
+        effort: int | None = None,
         best_of: int = 1,
         alpha: bool = True,
         metadata: Metadata | Sequence[Metadata] | None = None,
@@ -131,7 +131,8 @@ class Engine:
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
         effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about two decodes;
             8 brings most of what there is.  For models with a ladder of codes, such as the embedded one, and with the
-            packages of `pip install 'pillow-perco[tags]'`.  0: codes as the encoder alone chooses them.
+            packages of `pip install 'pillow-perco[tags]'`.  0: codes as the encoder alone chooses them.  None: 4 steps
+            where these are at hand, for pictures of up to 2**20 pixels, at all rates but the model's lowest; else 0.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
@@ -146,7 +147,8 @@ class Engine:
             level = rates.nearest(points, rates.DEFAULT_BPP)
         if max_bytes is not None:
             max_bytes = whole_number("max_bytes", max_bytes, 1)
-        effort = whole_number("effort", effort, 0, MOST_STEPS)
+        if effort is not None:
+            effort = whole_number("effort", effort, 0, MOST_STEPS)
         best_of = whole_number("best_of", best_of, 1, MOST_SEEDS)
         if seed is not None:
             seed = check_seed(seed)
@@ -178,8 +180,10 @@ class Engine:
                 metadata=block or Metadata(),
             )
             codes, data = self._fit(codes, image, max_bytes)
-            if effort:
-                searched = replace(codes, indices=self._search(codes, image, effort))
+            kept = len(codes.indices) - 1
+            steps = usual_steps(self.pipeline, kept, *image.size) if effort is None else effort
+            if steps:
+                searched = replace(codes, indices=self._search(codes, image, steps))
                 codes, data = self._if_it_fits(searched, max_bytes) or (codes, data)
             if best_of > 1:
                 seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))

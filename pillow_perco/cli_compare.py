@@ -31,7 +31,7 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 @EFFORT
 def compare(
     photos: tuple[Path, ...], out: Path, model: str, bpp: str | None, max_size: int, against: str, metrics: str | None,
-    by: str | None, peers: Path | None, effort: int,
+    by: str | None, peers: Path | None, effort: int | None,
 ) -> None:  # fmt: skip
     """Show PHOTOS at every rate beside JPEG, WebP, AVIF and JPEG XL of the same bytes, on one HTML page."""
     from perco_engine.evaluation import compare as comparing

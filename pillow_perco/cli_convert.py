@@ -50,7 +50,10 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
-@click.option("--effort", type=click.IntRange(0, 100), help="To .perco: steps of a search for better codes.")
+@click.option(
+    "--effort", type=click.IntRange(0, 100),
+    help="To .perco: steps of a search for better codes.  [default: 4 up to a megapixel, with '.[tags]']",
+)  # fmt: skip
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(
     "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."

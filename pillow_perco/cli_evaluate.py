@@ -7,8 +7,8 @@ import click
 
 OUT = click.Path(file_okay=False, path_type=Path)
 EFFORT = click.option(
-    "--effort", type=click.IntRange(0, 100), default=0, show_default=True,
-    help="Steps of a search for better codes.",
+    "--effort", type=click.IntRange(0, 100),
+    help="Steps of a search for better codes.  [default: 4 up to a megapixel, with '.[tags]']",
 )  # fmt: skip
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -36,7 +36,7 @@ def listed(text: str | None, kind: type) -> tuple[Any, ...]:
 @EFFORT
 def evaluate(
     folder: Path, out: Path, model: str, bpp: str | None, steps: str | None, metrics: str | None, against: str | None,
-    peers: Path | None, jobs: int, limit: int | None, captioner: str | None, effort: int,
+    peers: Path | None, jobs: int, limit: int | None, captioner: str | None, effort: int | None,
 ) -> None:  # fmt: skip
     """Encode and decode the photos of FOLDER at every rate, and measure rates, quality and times.
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from perco_engine import search
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
@@ -45,6 +46,14 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models that whoever runs the tests has installed are not looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERCO_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seldom_searched() -> Iterator[None]:
+    """Encoding takes no seconds for better codes but in the tests of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "USUAL_PIXELS", 0)
         yield
 
 

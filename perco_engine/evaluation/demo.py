@@ -18,10 +18,12 @@ COLUMNS = 4
 """The original and up to seven rates in two rows."""
 
 
-def run(photo: Image.Image, engine: Engine | FamilyEngine | None = None, effort: int = 0) -> tuple[Image.Image, str]:
+def run(
+    photo: Image.Image, engine: Engine | FamilyEngine | None = None, effort: int | None = None
+) -> tuple[Image.Image, str]:
     """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table.
 
-    effort: steps of the search for better codes.
+    effort: steps of the search for better codes; None: the usual.
     """
     engine = engine or get_engine()
     photo = photo.copy()

@@ -54,7 +54,7 @@ class Settings:
 
     bpp: nominal rates, () for all of the model's.  steps: denoising steps of each decode, None: the model's default.
     metrics: names of METRICS and SET_METRICS.  against: names of CODECS.  limit: of the sorted photos, so many.
-    effort: steps of the search for better codes.
+    effort: steps of the search for better codes; None: the usual.
     captioner: of photos without a caption beside them (a .txt file of the photo's name); None: they have no caption.
     peers: the folder where the classical files that were tried are kept; None: in `out`.  Any number of runs may share
     it, one after another.  jobs: processes that look for classical files.
@@ -69,7 +69,7 @@ class Settings:
     against: tuple[str, ...] = ()
     limit: int | None = None
     captioner: str | None = None
-    effort: int = 0
+    effort: int | None = None
     peers: Path | None = None
     jobs: int = 1
 
@@ -228,7 +228,7 @@ def _code(
     """Encodes a photo at one rate, decodes it with each number of steps, and writes down what there is to say."""
     out = run.settings.out
     if not run.warm:  # what the first call of a network allocates or compiles is no photo's time
-        run.engine.decode(run.engine.encode(image, bpp=point.bpp, caption=caption), steps=all_steps[0])
+        run.engine.decode(run.engine.encode(image, bpp=point.bpp, caption=caption, effort=0), steps=all_steps[0])
         run.warm = True
     start = time.perf_counter()
     data = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
