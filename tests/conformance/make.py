@@ -56,7 +56,7 @@ def main() -> None:
         image = photo.crop((left, top, left + width, top + height))
         if name == "alpha":
             image.putalpha(Image.radial_gradient("L").resize(image.size))
-        data = engine.encode(image, **options)
+        data = engine.encode(image, effort=0, **options)
         (folder / "input.perco").write_bytes(data)
         (folder / "header.json").write_text(json.dumps(describe(bitstream.read_header(data)), indent=1) + "\n")
         np.savez_compressed(folder / "indices.npz", *engine.codes(data).indices)
