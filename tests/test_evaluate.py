@@ -183,6 +183,7 @@ def test_a_metric_that_is_missing_is_told_and_leaves_the_others(
     assert list(run.judges) == ["psnr"]
     text = report.write(run)
     assert text == (settings.out / "summary.md").read_text().rstrip("\n")
+    assert ", effort: usual, " in text
     assert "- LPIPS: not available (import of lpips halted; None in sys.modules): pip install lpips" in text
     assert "- KID: not available (" in text and "): pip install clean-fid" in text
     assert "Plots: not available (import of matplotlib" in text

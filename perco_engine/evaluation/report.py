@@ -68,10 +68,12 @@ def _metric(name: str) -> Metric | SetMetric:
 
 def _heading(run: Run) -> str:
     told = run.described
+    effort = "usual" if told["effort"] is None else told["effort"]
     lines = [
         f"# {_subject(run)}",
-        f"Weights {told['weights']}, {told['device']}, {told['dtype']}, pillow-perco {told['version']}; means over the "
-        f"photos, times are medians; whole files. ↑ higher is better, ↓ lower is better.",
+        f"Weights {told['weights']}, {told['device']}, {told['dtype']}, effort: {effort}, pillow-perco "
+        f"{told['version']}; means over the photos, times are medians; whole files. "
+        f"↑ higher is better, ↓ lower is better.",
     ]
     if 0 in run.settings.steps:
         lines.append("0 steps: the estimate in the hyper-latent itself, without the U-Net.")
