@@ -122,7 +122,7 @@ def _search_tile(
             with half_precision(latents.device):
                 features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
                 decoded = pipeline.denoise(noise, features, text, None, 1, 1.0)
-                picture = (2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1).float()
+                picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
             loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
             loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
             if level == 0:

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from .. import rates
 from ..errors import ModelUnavailable
 
 SIZE = 768, 512
@@ -101,29 +102,30 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
 
     photo = ImageOps.fit(photo.convert("RGB"), SIZE)
     engine = get_engine()
+    points = engine.rate_points
+    files = [engine.encode(photo, bpp=point.bpp) for point in points]
     figures: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         source, target = Path(folder) / "photo.png", Path(folder) / "photo.perco"
         photo.save(source)
-        target.write_bytes(engine.encode(photo))
+        target.write_bytes(files[rates.nearest(points, rates.DEFAULT_BPP)])
         figures["import pillow_perco, beyond PIL, cold (ms)"] = _fresh_process(_IMPORT, times=times)
         figures["Image.open (ms)"] = _fresh_process(_OPEN, str(target), times=times)
         figures["Image.thumbnail to 128 pixels, cold (ms)"] = _fresh_process(_DRAFT, str(target), times=times)
-        for point in (engine.rate_points[0], engine.rate_points[-1]):
-            target.write_bytes(engine.encode(photo, bpp=point.bpp))
+        for point, data in ((points[0], files[0]), (points[-1], files[-1])):
+            target.write_bytes(data)
             name = f"perco-thumbnailer at {point.bpp} bpp, cold process (s)"
             figures[name] = _thumbnailer_seconds(target, Path(folder) / "thumbnail.png", times)
         figures["peak memory of a save and a load (MB)"] = _fresh_process(_PEAK, str(source), str(target), times=1)
-    for point in engine.rate_points:
-        data = engine.encode(photo, bpp=point.bpp)
+    for point, data in zip(points, files, strict=True):
         figures[f"file at {point.bpp} bpp (bytes)"] = len(data)
         encoding = partial(engine.encode, photo, bpp=point.bpp)
         figures[f"encode at {point.bpp} bpp (s)"] = _median_seconds(encoding, times)
         figures[f"encode at {point.bpp} bpp, effort 0 (s)"] = _median_seconds(partial(encoding, effort=0), times)
     with suppress(ModelUnavailable):  # the search needs packages that need not be there
         start = time.perf_counter()
-        encoding(effort=EFFORT)
-        figures[f"encode at {point.bpp} bpp, effort {EFFORT}, once (s)"] = time.perf_counter() - start
+        engine.encode(photo, bpp=points[-1].bpp, effort=EFFORT)
+        figures[f"encode at {points[-1].bpp} bpp, effort {EFFORT}, once (s)"] = time.perf_counter() - start
     figures["decode, default steps (s)"] = _median_seconds(lambda: engine.decode(data), times)
     for steps in (0, 1, 4, 20):
         figures[f"decode, {steps} steps (s)"] = _median_seconds(partial(engine.decode, data, steps=steps), times)
