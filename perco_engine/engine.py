@@ -6,13 +6,12 @@ decode   bytes -> container.unpack -> Codes -> PercoPipeline -> images
 
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Unpack
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
@@ -21,13 +20,14 @@ from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_dtype, cache, usable_device, weights_bytes
-from .errors import BudgetTooSmall, InvalidModel, LimitExceeded, UnsupportedRatePoint
+from .errors import InvalidModel, LimitExceeded, UnsupportedRatePoint
 from .family import FamilyEngine
+from .fitting import fitted
 from .memory import Placement, explained
 from .opacity import opacity
 from .options import check_seed, whole_number
 from .pipeline import PercoPipeline
-from .search import MOST_STEPS, search, usual_steps
+from .search import MOST_STEPS
 from .torchac_backend import AutomaticCoder
 
 CODER = AutomaticCoder()
@@ -75,6 +75,12 @@ class Engine:
         self.size_bytes = weights_bytes(*networks)
         (placement or Placement()).put(self.pipeline, device)
         self._lock = threading.Lock()
+
+    @contextmanager
+    def at_work(self, doing: str, count: int, size: tuple[int, int]) -> Iterator[None]:
+        """One thread at a time; where memory runs out, NotEnoughMemory says what for (`memory.explained`)."""
+        with self._lock, explained(doing, self.pipeline, count, size):
+            yield
 
     @property
     def reference(self) -> ModelReference:
@@ -130,9 +136,9 @@ class Engine:
             runs on this engine's device; it is not even loaded where `caption` is given.
         seed: of the noise that decoding starts from, 0..2**32-1; None: the default, which costs no bytes.
         effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about two decodes;
-            8 brings most of what there is.  For models with a ladder of codes, such as the embedded one, and with the
-            packages of `pip install 'pillow-perco[tags]'`.  0: codes as the encoder alone chooses them.  None: 4 steps
-            where these are at hand, for pictures of up to 2**20 pixels, at all rates but the model's lowest; else 0.
+            8 brings most of what there is.  For models with a ladder of codes, such as the embedded one.  0: codes as
+            the encoder alone chooses them.  None: 4 steps for these models, for pictures of up to 2**20 pixels, at all
+            rates but the lowest; else 0.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
@@ -161,7 +167,7 @@ class Engine:
         blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         grids: list[tuple[Any, ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
-            with self._lock, explained("encode", self.pipeline, len(group), images[group[0]].size):
+            with self.at_work("encode", len(group), images[group[0]].size):
                 batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
                 encoded = self.pipeline.encode_image(batch, level, self.prior)
             for row, k in enumerate(group):
@@ -179,60 +185,12 @@ class Engine:
                 alpha=pixels.alpha_mask(image) if alpha else None,
                 metadata=block or Metadata(),
             )
-            codes, data = self._fit(codes, image, max_bytes)
-            kept = len(codes.indices) - 1
-            steps = usual_steps(self.pipeline, kept, *image.size) if effort is None else effort
-            if steps:
-                searched = replace(codes, indices=self._search(codes, image, steps))
-                codes, data = self._if_it_fits(searched, max_bytes) or (codes, data)
-            if best_of > 1:
-                seeded = replace(codes, seed=self._nearest_seed(codes, image, best_of))
-                codes, data = self._if_it_fits(seeded, max_bytes) or (codes, data)
-            files.append(data)
+            files.append(fitted(self, codes, image, max_bytes, effort, best_of))
         return files
 
-    def _search(self, codes: Codes, image: Image.Image, effort: int) -> tuple[NDArray[np.int32], ...]:
-        """Better codes for the picture, at the same rate point."""
-        with self._lock, explained("encode", self.pipeline, 1, image.size):
-            photo = self.pipeline.pad(pixels.to_tensor([pixels.to_rgb(image)]))
-            grids = search(self.pipeline, self.prior, photo, len(codes.indices) - 1, codes.caption, effort)
-        return tuple(grid[0].to(torch.int32).cpu().numpy() for grid in grids)
-
-    def _nearest_seed(self, codes: Codes, image: Image.Image, best_of: int) -> int:
-        """Of the seeds 0..best_of-1, the one whose decoded picture has the least squared error in RGB."""
-        original = np.asarray(pixels.to_rgb(image), np.float32)
-        errors: list[float] = []
-        for group in _groups([image.size] * best_of):
-            decoded = self._decode([_Job(codes, seed, 1) for seed in group], None, None)
-            errors += [float(np.square(np.asarray(picture, np.float32) - original).mean()) for picture in decoded]
-        return errors.index(min(errors))
-
-    def _pack(self, codes: Codes) -> bytes:
+    def pack(self, codes: Codes) -> bytes:
+        """The file of these codes."""
         return bitstream.pack(codes, self._file_rate_points, prior=self.prior, coder=CODER)
-
-    def _if_it_fits(self, codes: Codes, max_bytes: int | None) -> tuple[Codes, bytes] | None:
-        """The codes and their bytes; None where these are more than max_bytes."""
-        data = self._pack(codes)
-        return (codes, data) if max_bytes is None or len(data) <= max_bytes else None
-
-    def _fit(self, codes: Codes, image: Image.Image, max_bytes: int | None) -> tuple[Codes, bytes]:
-        """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows, and their bytes."""
-        data = self._pack(codes)
-        smallest = len(data)
-        while max_bytes is not None and len(data) > max_bytes:
-            if len(codes.indices) > 1:
-                codes = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
-            elif codes.alpha is not None and codes.alpha.log2_scale < pixels.ALPHA_LOG2_SCALES[-1]:
-                codes = replace(codes, alpha=pixels.alpha_mask(image, codes.alpha.log2_scale + 1))
-            else:
-                raise BudgetTooSmall(
-                    f"a {image.width}x{image.height} picture with what is to be stored beside it takes at least "
-                    f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
-                    f"opacity), or reduce the picture"
-                )
-            data = self._pack(codes)
-            smallest = min(smallest, len(data))
-        return codes, data
 
     def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image:
         """The picture in the bytes of a .perco file, mode RGB, or RGBA where the file holds opacity.
@@ -310,11 +268,16 @@ class Engine:
             data, points, prior=self.prior, coder=CODER
         )
 
+    def decode_seeds(self, codes: Codes, seeds: Sequence[int]) -> Iterator[Image.Image]:
+        """The picture of the same codes with each of these seeds, without opacity, at the model's default steps."""
+        for group in _groups([(codes.width_px, codes.height_px)] * len(seeds)):
+            yield from self._decode([_Job(codes, seeds[k], 1) for k in group], None, None)
+
     def _decode(self, jobs: list[_Job], steps: int | None, guidance_scale: float | None) -> list[Image.Image]:
         """The pictures of jobs of one size and rate point, at 1/reduction of their size."""
         first = jobs[0]
         doing = "decode" if first.reduction == 1 else "preview"
-        with self._lock, explained(doing, self.pipeline, len(jobs), (first.codes.width_px, first.codes.height_px)):
+        with self.at_work(doing, len(jobs), (first.codes.width_px, first.codes.height_px)):
             indices = tuple(
                 torch.stack([torch.from_numpy(job.codes.indices[k]) for job in jobs]).to(self.device)
                 for k in range(len(first.codes.indices))

@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from .bitstream.prior import Prior
 from .choice import choose
 from .devices import half_precision
-from .features import installed, lite0
+from .features import lite0
 from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
@@ -44,6 +44,9 @@ MOMENTUM = 0.6
 THRIFT = 1.3
 """How many times as much as usual a bit costs, so that nearer pictures take no more of them."""
 
+THRIFTS = (THRIFT, 1.6, 2.0, 2.5)
+"""The same for codes that the shifts lead to: as it was while searching, and for budgets that these exceed."""
+
 COLOURS = 20.0
 """The weight of the squared error of means of 16x16 pixels in -1..1: features hardly mind colours, and people do."""
 
@@ -55,29 +58,30 @@ TILE, MARGIN = 96, 8
 
 
 def usual_steps(pipeline: PercoPipeline, level: int, width: int, height: int) -> int:
-    """How many steps to take where nobody says: none where it takes long, brings little, or cannot be had.
+    """How many steps to take where nobody says: none where it takes long, brings little, or is not possible.
 
-    At the lowest rate a few steps bring nothing; a model needs a ladder, and the features their packages.
+    At the lowest rate a few steps bring nothing; a model needs a ladder.
     """
     worthwhile = level > 0 and width * height <= USUAL_PIXELS
-    return USUAL_STEPS if worthwhile and isinstance(pipeline.hyper_enc, HyperLadder) and installed() else 0
+    return USUAL_STEPS if worthwhile and isinstance(pipeline.hyper_enc, HyperLadder) else 0
 
 
 def search(
     pipeline: PercoPipeline, prior: Prior | None, photo: Tensor, level: int, caption: str, steps: int
-) -> tuple[Tensor, ...]:
-    """The indices of a picture, grids (1, rows, columns) int64, coarse to fine, found in so many steps.
+) -> Iterator[tuple[Tensor, ...]]:
+    """The indices of a picture that so many steps find, first to last for each of THRIFTS.
 
+    They are grids (1, rows, columns) int64, coarse to fine.
     photo: (1, 3, h, w) in -1..1, h and w multiples of 8.  level: the rate point.  prior: as `choose` takes it.
     caption: what the decoder is going to be told.  steps: 1..MOST_STEPS, each a decode and the way back through it.
 
-    Raises ModelUnavailable where the features' packages are missing, ValueError for a model without a ladder.
+    Raises ValueError for a model without a ladder.
     """
     ladder = pipeline.hyper_enc
     if not isinstance(ladder, HyperLadder):
         raise ValueError("effort is for models with a ladder of codes, such as the embedded one: leave it out")
     device = pipeline._execution_device
-    distance = lite0(device, "effort")
+    distance = lite0(device)
     photo, latents = photo.to(device), pipeline.encode_latents(photo).to(device, ladder.dtype)
     text = None if pipeline.text_encoder is None else pipeline.encode_prompt([caption])
     rungs = ladder.levels[: level + 1]
@@ -91,7 +95,8 @@ def search(
             halvings = rung.halvings
             own = tile[..., _cells(inner_top, halvings, top.start), _cells(inner_left, halvings, left.start)]
             whole[..., _cells(inner_top, halvings), _cells(inner_left, halvings)] = own
-    return choose(ladder, prior, latents, level, shifts, THRIFT)
+    for thrift in THRIFTS:
+        yield choose(ladder, prior, latents, level, shifts, thrift)
 
 
 def _search_tile(

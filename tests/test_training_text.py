@@ -22,8 +22,6 @@ from perco_engine.training.journal import read_log
 from perco_engine.training.train import train
 from perco_engine.training.word_vectors import new_tokenizer, token_vectors
 
-pytest.importorskip("efficientnet_lite_pytorch")
-
 ODD = ("Straße, naïve café", "☃ 漢字 🦩", "\x00 \x7f", "e\u0301", "𝔘𝔫𝔦 ﷽ ä", "a'b--c 42")
 
 
@@ -106,9 +104,11 @@ def test_captions_of_crops() -> None:
     seen[[24, 21, 7, 8, 9]] = torch.tensor([0.9, 0.04, 0.03, 0.02, 0.01])
     drawn = [text.draw_caption(seen, None, random.Random(k)) for k in range(400)]
     assert drawn.count("great grey owl") > 130 and drawn.count("a photo of great grey owl") > 20
-    tags = {tag for caption in drawn for tag in caption.removeprefix("a photo of ").split(", ")}
-    assert tags == {"great grey owl", "kite", "cock", "hen", "ostrich"}
-    assert text.draw_caption(seen, "my owl", random.Random(0)) == "my owl"
+    told = [text.draw_caption(seen, "my owl", random.Random(k)) for k in range(400)]
+    assert 200 < told.count("my owl") < 280
+    for captions in (drawn, [caption for caption in told if caption != "my owl"]):
+        tags = {tag for caption in captions for tag in caption.removeprefix("a photo of ").split(", ")}
+        assert tags == {"great grey owl", "kite", "cock", "hen", "ostrich"}
     assert len(labels()) == 1000
 
 

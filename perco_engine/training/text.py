@@ -6,7 +6,7 @@ photo showed lies near those that some did.
 The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text").
 All else stays as it is, and the empty caption adds exactly nothing: a picture without a caption is what it was.
 
-Captions are those beside the photos; a crop of a photo without one has tags, by EfficientNet-Lite0 (tags.py).
+Captions are those beside the photos, in turn with tags by EfficientNet-Lite0 (tags.py); without one, tags alone.
 """
 
 import random
@@ -38,6 +38,9 @@ CLASSES = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
 
 LIKELY_TAGS = 5
 """A crop's tags are drawn from so many, the most probable ones."""
+
+TOLD = 0.6
+"""How often a crop's caption is what is beside its photo, where there is a text: sentences and tags are both learnt."""
 
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
@@ -156,11 +159,11 @@ def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]
 
 
 def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random) -> str:
-    """A crop's caption: what is beside the photo, or one to three of its LIKELY_TAGS, in any order.
+    """A crop's caption: what is beside the photo (TOLD), or one to three of its LIKELY_TAGS, in any order.
 
     probabilities: of the 1000 classes.
     """
-    if sidecar:
+    if sidecar and rng.random() < TOLD:
         return sidecar
     values, numbers = (part.tolist() for part in probabilities.topk(LIKELY_TAGS))
     chosen: list[int] = []
@@ -189,7 +192,6 @@ def train_text(run: Run) -> None:
     distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
     parts = beginning(run, distance)
     tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"].requires_grad_(True)
-    text_encoder.get_input_embeddings().requires_grad_(False)
     unet = with_text(run.begun(("joint",), "unet")).requires_grad_(False)
     unet.add_embedding.requires_grad_(True)
     for constant in constants(unet):

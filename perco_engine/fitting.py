@@ -1,0 +1,93 @@
+"""What an encoder tries with a picture's first codes, so that the file fits its budget and its picture is near.
+
+first codes ─> fewer levels, a coarser opacity mask, until they fit ─> codes that are searched for ─> a better seed
+
+What comes later is kept if it fits as well.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import pixels
+from .codes import Codes
+from .errors import BudgetTooSmall
+from .search import search, usual_steps
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+Fitted = tuple[Codes, bytes]
+"""Codes and the file that they make."""
+
+
+def fitted(
+    engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int | None, effort: int | None, best_of: int
+) -> bytes:
+    """The file of a picture whose first codes these are; the options are those of `Engine.encode_batch`.
+
+    Raises BudgetTooSmall where nothing fits.
+    """
+    kept = _reduced(engine, codes, image, max_bytes)
+    kept = _first_that_fits(engine, _searched(engine, kept[0], image, effort), max_bytes) or kept
+    kept = _first_that_fits(engine, _seeded(engine, kept[0], image, best_of), max_bytes) or kept
+    return kept[1]
+
+
+def _reduced(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int | None) -> Fitted:
+    """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows."""
+    data = engine.pack(codes)
+    smallest = len(data)
+    while max_bytes is not None and len(data) > max_bytes:
+        if len(codes.indices) > 1:
+            codes = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
+        elif codes.alpha is not None and codes.alpha.log2_scale < pixels.ALPHA_LOG2_SCALES[-1]:
+            codes = replace(codes, alpha=pixels.alpha_mask(image, codes.alpha.log2_scale + 1))
+        else:
+            raise BudgetTooSmall(
+                f"a {image.width}x{image.height} picture with what is to be stored beside it takes at least "
+                f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
+                f"opacity), or reduce the picture"
+            )
+        data = engine.pack(codes)
+        smallest = min(smallest, len(data))
+    return codes, data
+
+
+def _searched(engine: "Engine", codes: Codes, image: Image.Image, effort: int | None) -> Iterator[Codes]:
+    """Better codes for the picture at the same rate point, with ever dearer bits; none where no step is to be taken."""
+    level = len(codes.indices) - 1
+    steps = usual_steps(engine.pipeline, level, *image.size) if effort is None else effort
+    if not steps:
+        return
+    photo = engine.pipeline.pad(pixels.to_tensor([pixels.to_rgb(image)]))
+    found = search(engine.pipeline, engine.prior, photo, level, codes.caption, steps)
+    while True:
+        with engine.at_work("encode", 1, image.size):
+            grids = next(found, None)
+        if grids is None:
+            return
+        yield replace(codes, indices=tuple(grid[0].to(torch.int32).cpu().numpy() for grid in grids))
+
+
+def _seeded(engine: "Engine", codes: Codes, image: Image.Image, best_of: int) -> Iterator[Codes]:
+    """The codes with that of the seeds 0..best_of-1 whose decoded picture has the least squared error in RGB."""
+    if best_of == 1:
+        return
+    original = np.asarray(pixels.to_rgb(image), np.float32)
+    pictures = engine.decode_seeds(codes, range(best_of))
+    errors = [float(np.square(np.asarray(picture, np.float32) - original).mean()) for picture in pictures]
+    yield replace(codes, seed=errors.index(min(errors)))
+
+
+def _first_that_fits(engine: "Engine", attempts: Iterator[Codes], max_bytes: int | None) -> Fitted | None:
+    """The first codes whose file has at most max_bytes; None where none has."""
+    for codes in attempts:
+        data = engine.pack(codes)
+        if max_bytes is None or len(data) <= max_bytes:
+            return codes, data
+    return None
