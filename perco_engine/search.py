@@ -32,8 +32,8 @@ from .pipeline import PercoPipeline, draw_noise
 MOST_STEPS = 100
 """How many steps a search may have."""
 
-USUAL_STEPS, USUAL_PIXELS = 4, 2**20
-"""The steps of a search that nobody asked for, and of pictures of how many pixels: seconds on two CPU cores."""
+USUAL_STEPS, LOWEST_STEPS, USUAL_PIXELS = 4, 8, 2**20
+"""The steps of a search that nobody asked for, at the lowest rate, and of how many pixels: seconds on two CPU cores."""
 
 REACH = 0.675
 """How far a typical shift may go in all steps, in standard deviations of its codebook: farther, colours go astray."""
@@ -58,12 +58,13 @@ TILE, MARGIN = 96, 8
 
 
 def usual_steps(pipeline: PercoPipeline, level: int, width: int, height: int) -> int:
-    """How many steps to take where nobody says: none where it takes long, brings little, or is not possible.
+    """How many steps to take where nobody says: none where it takes long, or for a model without a ladder.
 
-    At the lowest rate a few steps bring nothing; a model needs a ladder.
+    At the lowest rate four steps bring nothing, and eight the right colours.
     """
-    worthwhile = level > 0 and width * height <= USUAL_PIXELS
-    return USUAL_STEPS if worthwhile and isinstance(pipeline.hyper_enc, HyperLadder) else 0
+    if width * height > USUAL_PIXELS or not isinstance(pipeline.hyper_enc, HyperLadder):
+        return 0
+    return USUAL_STEPS if level > 0 else LOWEST_STEPS
 
 
 def search(

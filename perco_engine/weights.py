@@ -44,7 +44,7 @@ class ModelSpec:
 REGISTRY = (
     ModelSpec(
         "embedded",
-        9,
+        10,
         rates.EMBEDDED,
         str(Path(__file__).parent / "embedded"),
         "it is part of this package: reinstall pillow-perco",
@@ -58,7 +58,7 @@ REGISTRY = (
         "(perco models pull perco-sd says where the folders are)",
     ),
 )
-"""The models that files may name.  No id is given twice: 1 to 8 were of embedded weights before the first release."""
+"""The models that files may name.  No id is given twice: 1 to 9 were of embedded weights before the first release."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
 @click.option(
     "--effort", type=click.IntRange(0, 100),
-    help="To .perco: steps of a search for better codes.  [default: 4 up to a megapixel]",
+    help="To .perco: steps of a search for better codes.  [default: 4 up to a megapixel, 8 at the lowest rate]",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(

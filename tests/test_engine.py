@@ -103,16 +103,16 @@ def test_a_huge_picture_is_refused(monkeypatch: pytest.MonkeyPatch, photo: Image
 
 
 def test_an_absurd_size_costs_nothing() -> None:
-    body = b"\x93PCo\x14\x09\xff\xfe\xff\xfe" + bytes(20)
+    body = b"\x93PCo\x14\x0a\xff\xfe\xff\xfe" + bytes(20)
     with pytest.raises(LimitExceeded):
         get_engine().decode(body + checksum(body))
-    body = b"\x93PCo\x14\x09\xff\xfe\x07\xff" + bytes(20)
+    body = b"\x93PCo\x14\x0a\xff\xfe\x07\xff" + bytes(20)
     with pytest.raises(TruncatedFile):
         get_engine().decode(body + checksum(body))
 
 
 def test_a_rate_point_that_the_model_does_not_have() -> None:
-    body = b"\x93PCo\x17\x09\x00\x07\x00\x07\x00"
+    body = b"\x93PCo\x17\x0a\x00\x07\x00\x07\x00"
     with pytest.raises(UnsupportedRatePoint, match="rate point 7"):
         get_engine().decode(body + checksum(body))
 

@@ -38,7 +38,7 @@ def test_a_photo_at_the_lowest_rate_has_eighty_bytes_at_most() -> None:
     data = saved(gradient, bpp=0.0019)
     assert len(data) <= 80
     assert data[:4] == b"\x93PCo"
-    assert data[4:10] == bytes([0x18, 9, 0x01, 0xFF, 0x01, 0xFF])
+    assert data[4:10] == bytes([0x18, 10, 0x01, 0xFF, 0x01, 0xFF])
 
 
 def test_the_picture_comes_back_as_a_picture_of_the_same_thing(photo: Image.Image) -> None:

@@ -61,7 +61,7 @@ def test_unless_told_otherwise_it_searches_where_that_is_quick_and_pays(
 ) -> None:
     engine = get_engine()
     plain, searched = engine.encode(photo, bpp=0.03, effort=0), engine.encode(photo, bpp=0.03, effort=4)
-    lowest = engine.encode(photo, bpp=0.002, effort=0)
+    lowest = engine.encode(photo, bpp=0.002, effort=8)
     assert plain != searched
     monkeypatch.setattr(search, "USUAL_PIXELS", photo.width * photo.height)
     assert engine.encode(photo, bpp=0.03) == engine.encode(photo, bpp=0.03, effort=None) == searched
@@ -79,9 +79,9 @@ def test_unless_told_otherwise_models_without_a_ladder_are_not_searched(
 
 
 def test_a_megapixel_is_small_enough_for_a_search_that_nobody_asked_for() -> None:
-    fresh = "from perco_engine import search; print(search.USUAL_STEPS, search.USUAL_PIXELS)"
+    fresh = "from perco_engine import search; print(search.USUAL_STEPS, search.LOWEST_STEPS, search.USUAL_PIXELS)"
     told = subprocess.run([sys.executable, "-c", fresh], check=True, capture_output=True, text=True).stdout
-    assert told.split() == ["4", "1048576"]
+    assert told.split() == ["4", "8", "1048576"]
 
 
 @pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])

@@ -16,7 +16,7 @@ from perco_engine.errors import InvalidSettings, TrainingError
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
 from perco_engine.training import embedded
-from perco_engine.training.denoising import WALK, grid_excess, some_timesteps
+from perco_engine.training.denoising import WALK, grid_excess, some_timesteps, spectrum_excess, texture_error
 from perco_engine.training.embedded_settings import STAGES, StageName
 from perco_engine.training.journal import read_log
 from perco_engine.training.stage import pace
@@ -30,6 +30,28 @@ def test_a_grid_is_found_and_texture_is_none() -> None:
     dots[..., ::4, ::4] = 1
     assert grid_excess(dots).item() == pytest.approx(0.91, abs=0.05)  # all of it recurs, but for borders
     assert 0.2 < grid_excess(dots + 0.2 * noise).item() < 0.8
+
+
+def test_a_weave_of_any_pitch_is_found() -> None:
+    noise, other = torch.randn(2, 1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.meshgrid(torch.arange(160), torch.arange(160), indexing="ij")
+    weave = torch.cos(2 * torch.pi * (7 * rows - columns) / 32).expand(1, 3, -1, -1)
+    assert spectrum_excess(noise, noise) == 0
+    assert spectrum_excess(3 * noise, other).item() < 0.15  # windows are few; how strong it is does not matter
+    assert spectrum_excess(weave, noise).item() > 0.9
+    assert 0.2 < spectrum_excess(noise + 0.5 * weave, noise).item() < spectrum_excess(noise + weave, noise).item()
+
+
+def test_texture_is_as_good_as_the_same_and_blur_is_not() -> None:
+    drawn = torch.randn(2, 4, 1, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+    theirs, others = (list(features) for features in drawn)
+    assert texture_error(theirs, theirs) == 0
+    same = texture_error(others, theirs).item()
+    weak = texture_error([features / 2 for features in theirs], theirs).item()
+    flat = texture_error([torch.ones_like(features) for features in theirs], theirs).item()
+    assert same < 0.05
+    assert [weak, flat] == pytest.approx([0.25, 1], abs=0.03)
+    assert texture_error([features + 5 for features in theirs], theirs).item() < 1e-4  # of what: others tell
 
 
 @pytest.fixture(scope="module")

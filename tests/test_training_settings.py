@@ -134,11 +134,17 @@ def test_the_recipes_are_what_was_published() -> None:
 
 def test_what_is_given_for_each_level() -> None:
     joint = embedded_settings.JointSettings(
-        steps=1, crops=((1, 96),), learning_rate=1e-4, level_weights=(3, 1), feature_weights=(0.5, 0.25)
+        steps=1,
+        crops=((1, 96),),
+        learning_rate=1e-4,
+        level_weights=(3, 1),
+        feature_weights=(0.5, 0.25),
+        texture_weights=(0, 3),
     )
     drawn = Counter(joint.draw_level(random.Random(seed), 3) for seed in range(5000))
     assert [drawn[level] / 5000 for level in range(3)] == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
     assert [joint.feature_weight(level) for level in range(4)] == [0.5, 0.25, 0.25, 0.25]
+    assert [joint.texture_weight(level) for level in range(4)] == [0, 3, 3, 3]
 
 
 def test_the_command_lists_prints_and_checks(tmp_path: Path) -> None:

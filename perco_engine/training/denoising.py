@@ -19,6 +19,9 @@ WALK = tuple(range(999, 0, -50))
 FURTHER_STEPS = (0, 0, 0, 0, 1, 1, 2, 3)
 """How many more of them than the first a training step draws from."""
 
+WINDOWS = (8, 8, 6, 5)
+"""The sides of the windows that texture is compared in (`texture_error`), in positions of the features."""
+
 GRID_SHARE = 0.09
 """The share of photos' fine contrast that recurs in the next squares of 8 pixels (`grid_excess`)."""
 
@@ -59,10 +62,56 @@ def grid_excess(pictures: Tensor) -> Tensor:
     return excess
 
 
+def spectrum_excess(output: Tensor, target: Tensor) -> Tensor:
+    """The share of pictures' fine contrast that is at frequencies where the targets have less: a scalar, 0 to 1.
+
+    Pictures (b, 3, h, w), sides from 32 on.  Fine contrast is that of grey within 9x9 pixels; its power spectrum is the
+    mean over windows of 32x32.  A weave of dots of whatever pitch stands out in it, where places have it in common.
+    """
+    excess: Tensor = (_spectrum(output) - _spectrum(target)).relu().sum((1, 2)).mean()
+    return excess
+
+
+def _spectrum(pictures: Tensor) -> Tensor:
+    """(b, 32, 17), of the sum 1."""
+    with torch.autocast(pictures.device.type, enabled=False):  # there are no transforms of 16 bits
+        grey = pictures.float().mean(1, keepdim=True)
+        fine = grey - F.avg_pool2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), 9, 1)
+        hann = torch.hann_window(32, device=pictures.device)
+        windows = fine[:, 0].unfold(1, 32, 16).unfold(2, 32, 16) * hann * hann[:, None]
+        power = torch.fft.rfft2(windows).abs().square().mean((1, 2))
+        share: Tensor = power / (power.sum((1, 2), keepdim=True) + 1e-6)
+        return share
+
+
+def texture_error(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """How far the local standard deviations of features are from the target's: a scalar, 0 for equal ones, 1 for flat.
+
+    ours, theirs: of `FeatureDistance.features`; the first four, which are of lines and textures, are compared, in
+    windows of WINDOWS of their positions.  The part of Wasserstein distortion (Qiu et al., 2023, arXiv 2310.03629) that
+    asks for as much texture and not for the same: squared errors alone are least where texture is blurred.
+    """
+    errors = []
+    for a, b, window in zip(ours, theirs, WINDOWS, strict=False):
+        own, due = _deviation(a, window), _deviation(b, window)
+        errors.append(((own - due).square().mean((0, 2, 3)) / (due.square().mean((0, 2, 3)) + 1e-3)).mean())
+    return torch.stack(errors).mean()
+
+
+def _deviation(features: Tensor, window: int) -> Tensor:
+    """The standard deviation in windows that overlap by half."""
+    features = features.float()
+    mean, square = (F.avg_pool2d(values, window, window // 2) for values in (features, features.square()))
+    return (square - mean.square()).clamp(min=0).add(1e-4).sqrt()
+
+
 def picture_loss(
-    distance: FeatureDistance, output: Tensor, target: Tensor, weight: float = 0.12
+    distance: FeatureDistance, output: Tensor, target: Tensor, weight: float = 0.12, texture_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L1 + 2 x squared error + 0.5 x (1 - SSIM of four scales) + weight x feature distance + 3 x excess of the grid.
+    """What is to become less: a picture's distance from its target, blur, and dots.
+
+    L1 + 2 x squared error + 0.5 x (1 - SSIM of four scales) + weight x feature distance + texture_weight x error of
+    texture + 3 x excess of the grid + 2 x excess of the spectrum.
 
     Returns the loss, and its figures by name.  Pictures in -1..1, sides multiples of 8 from 96 on.  The features are
     those of a place drawn anew each time, up to 7 pixels into the pictures: a network of strides must not see the
@@ -72,10 +121,15 @@ def picture_loss(
     mse, ssim = F.mse_loss(output, target), similarity(output, target)
     top, left = torch.randint(0, 8, (2,)).tolist()
     inside = (..., slice(top, output.shape[-2] - 8 + top), slice(left, output.shape[-1] - 8 + left))
-    features = distance(output[inside], target[inside])
-    grid = grid_excess(output)
-    loss = F.l1_loss(output, target) + 2 * mse + 0.5 * (1 - ssim) + weight * features + 3 * grid
-    return loss, {"features": features, "psnr": -10 * torch.log10(mse / 4), "ssim": ssim, "grid": grid}
+    with torch.no_grad():
+        theirs = distance.features(target[inside])
+    ours = distance.features(output[inside])
+    features, texture = distance.between(ours, theirs), texture_error(ours, theirs)
+    grid, spectrum = grid_excess(output), spectrum_excess(output, target)
+    loss = F.l1_loss(output, target) + 2 * mse + 0.5 * (1 - ssim) + weight * features + texture_weight * texture
+    psnr = -10 * torch.log10(mse / 4)
+    figures = {"features": features, "texture": texture, "psnr": psnr, "ssim": ssim, "grid": grid, "spectrum": spectrum}
+    return loss + 3 * grid + 2 * spectrum, figures
 
 
 def pixel_deviation(vae: PatchAutoencoder) -> Tensor:

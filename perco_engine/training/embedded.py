@@ -262,8 +262,8 @@ def train_joint(run: Run) -> None:
             noise = torch.randn_like(z)
             text = no_caption(unet, len(x), stage.device)
             guess = walk(unet, scheduler, noise, local, some_timesteps(stage.rng(step)), text)
-            weight = settings.feature_weight(level)
-            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, weight)
+            weights = settings.feature_weight(level), settings.texture_weight(level)
+            picture, measured = picture_loss(distance, vae.decode(guess).sample, x, *weights)
         figures = {f"{name}{level + 1}": value for name, value in measured.items()}
         errors = [latent_error(y, z, deviation) for y in estimates]
         figures |= {f"e{k + 1}": e for k, e in enumerate(errors)}
@@ -274,7 +274,7 @@ def train_joint(run: Run) -> None:
             loss = loss + 0.2 * figures["diffusion"]
         if step % 4 == 2:
             with run.autocast():
-                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, weight)
+                preview, measured = picture_loss(distance, vae.decode(estimates[-1]).sample, x, *weights)
             figures[f"preview{level + 1}"] = measured["features"]
             loss = loss + preview
         if step % 8 == 5:  # the decoder alone: what the codes do not say it must still be able to draw

@@ -56,27 +56,38 @@ class PictureSettings(Clock):
 
     def draw_level(self, rng: random.Random, levels: int) -> int:
         """A step's level of so many, 0 the coarsest."""
-        weights = [self.level_weights[min(level, len(self.level_weights) - 1)] for level in range(levels)]
+        weights = [_of_level(self.level_weights, level) for level in range(levels)]
         return rng.choices(range(levels), weights)[0]
 
     def feature_weight(self, level: int) -> float:
         """What the feature distance weighs at a level."""
-        return self.feature_weights[min(level, len(self.feature_weights) - 1)]
+        return _of_level(self.feature_weights, level)
+
+
+def _of_level(weights: tuple[float, ...], level: int) -> float:
+    """The last of the weights serves all further levels."""
+    return weights[min(level, len(weights) - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointSettings(PictureSettings):
     """The joint stage.
 
+    texture_weights: what the error of texture weighs in the loss: much where codes tell what is there, and not what of.
     frozen_codes: leave the ladder as it is: the codes of a photo stay the same.
     frozen_codebooks: leave the vectors of its codes as they are, and how often each is chosen, while what is around
         them learns.  For a ladder that is trained already.
     features: the EfficientNets whose feature distance is in the loss, one after the other, a step each.
     """
 
+    texture_weights: Annotated[tuple[NotNegative, ...], MinLen(1)] = (0, 1, 6, 6, 4, 2)
     frozen_codes: bool = False
     frozen_codebooks: bool = False
     features: Annotated[tuple[Literal["lite0", "lite1"], ...], MinLen(1)] = ("lite0", "lite1")
+
+    def texture_weight(self, level: int) -> float:
+        """What the error of texture weighs at a level."""
+        return _of_level(self.texture_weights, level)
 
 
 @dataclass(frozen=True, kw_only=True)
