@@ -92,7 +92,7 @@ class JointSettings(PictureSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(PictureSettings):
-    """The stage of the text encoder.  Captions are those beside the photos, else tags of the crops (text.py).
+    """The stage of the text encoder.  Captions are those beside the photos and tags of the crops (text.py).
 
     corpus: a text file with a sentence a line, # before comments, that a fresh text encoder gets its words from,
         besides the names of ImageNet's classes.  vocabulary: how many tokens it has.

@@ -1,8 +1,8 @@
 """The stage text: a small text encoder, and what brings its embeddings of captions into the U-Net.
 
-The text encoder is CLIP's, tiny: one layer of attention over byte-complete BPE tokens.  Their embeddings stay as they
-were made of what a classifier looks for and of the company that words keep (word_vectors.py), so that a word which no
-photo showed lies near those that some did.
+The text encoder is CLIP's, tiny: one layer of attention over byte-complete BPE tokens.  Their embeddings are
+made of what a classifier looks for and of the company that words keep (word_vectors.py), so that a word which no photo
+showed lies near those that some did, and then learn with the rest.
 The U-Net adds an attention-pooled caption to the embedding of its timestep (diffusers' addition_embed_type "text").
 All else stays as it is, and the empty caption adds exactly nothing: a picture without a caption is what it was.
 
