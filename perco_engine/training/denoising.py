@@ -54,12 +54,17 @@ def grid_excess(pictures: Tensor) -> Tensor:
     leaves; what recurs is its mean over 4x4 squares.  0 for photos, up to 1 - GRID_SHARE.  The features of a classifier
     take a dotted grid for texture, and people do not (LOG.md, q).
     """
-    fine = pictures.float()
-    fine = fine - F.avg_pool2d(F.pad(fine, (4, 4, 4, 4), mode="reflect"), 9, 1)
+    fine = _fine_contrast(pictures)
     squares = F.avg_pool2d(F.pixel_unshuffle(fine, PATCH), 4, stride=2).unflatten(1, (3, PATCH**2))
     recurring = (squares - squares.mean(2, keepdim=True)).square().mean((1, 2, 3, 4))
     excess: Tensor = (recurring / (fine.square().mean((1, 2, 3)) + 1e-6) - GRID_SHARE).relu().mean()
     return excess
+
+
+def _fine_contrast(pictures: Tensor) -> Tensor:
+    """What the mean of 9x9 pixels leaves of pictures, float32."""
+    pictures = pictures.float()
+    return pictures - F.avg_pool2d(F.pad(pictures, (4, 4, 4, 4), mode="reflect"), 9, 1)
 
 
 def spectrum_excess(output: Tensor, target: Tensor) -> Tensor:
@@ -75,8 +80,7 @@ def spectrum_excess(output: Tensor, target: Tensor) -> Tensor:
 def _spectrum(pictures: Tensor) -> Tensor:
     """(b, 32, 17), of the sum 1."""
     with torch.autocast(pictures.device.type, enabled=False):  # there are no transforms of 16 bits
-        grey = pictures.float().mean(1, keepdim=True)
-        fine = grey - F.avg_pool2d(F.pad(grey, (4, 4, 4, 4), mode="reflect"), 9, 1)
+        fine = _fine_contrast(pictures.float().mean(1, keepdim=True))
         hann = torch.hann_window(32, device=pictures.device)
         windows = fine[:, 0].unfold(1, 32, 16).unfold(2, 32, 16) * hann * hann[:, None]
         power = torch.fft.rfft2(windows).abs().square().mean((1, 2))
@@ -124,7 +128,8 @@ def picture_loss(
     with torch.no_grad():
         theirs = distance.features(target[inside])
     ours = distance.features(output[inside])
-    features, texture = distance.between(ours, theirs), texture_error(ours, theirs)
+    features = distance.between(ours, theirs)
+    texture = texture_error(ours if texture_weight else [each.detach() for each in ours], theirs)
     grid, spectrum = grid_excess(output), spectrum_excess(output, target)
     loss = F.l1_loss(output, target) + 2 * mse + 0.5 * (1 - ssim) + weight * features + texture_weight * texture
     psnr = -10 * torch.log10(mse / 4)
