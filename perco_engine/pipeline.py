@@ -1,6 +1,5 @@
 """PercoPipeline: a picture to the indices of its hyper-latent, and indices to a picture."""
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 from .bitstream.prior import Prior
 from .choice import choose
 from .errors import InvalidModel, ModelUnavailable, NotFinite
-from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, LATENTS_AT_ONCE, OVERLAP, LatentTiles
+from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, OVERLAP, LatentTiles
 from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
-from .options import check_guidance_scale, whole_number
+from .options import check_guidance_scale
 from .prompts import PromptEmbeddings
+from .sampling import check_steps, denoise, draw_noise
 
 VAE_FACTOR = 8
 """Pixels a side of one latent."""
@@ -296,7 +296,7 @@ class PercoPipeline(DiffusionPipeline):
             text = None if self.text_encoder is None else self.encode_prompt(prompts)
             guided = text is not None and scale > 1
             without_text = self.encode_prompt([""] * batch_size) if guided else None
-            latents = self.denoise(noise, local_features, text, without_text, steps, scale)
+            latents = denoise(self, noise, local_features, text, without_text, steps, scale)
             check_finite(latents, "U-Net", self.unet)
         images: Any = latents
         if output_type != "latent":
@@ -305,55 +305,6 @@ class PercoPipeline(DiffusionPipeline):
             images = to_output(pictures, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
-
-    def denoise(
-        self,
-        noise: Tensor,
-        local_features: Tensor,
-        text: Tensor | None,
-        without_text: Tensor | None,
-        steps: int,
-        guidance_scale: float,
-    ) -> Tensor:
-        """Noise (b, c, rows, columns) to clean latents of the same shape, float32, in `steps` >= 1 steps.
-
-        text, without_text: embeddings (b, tokens, cross_attention_dim) of the captions, and of as many empty ones;
-            None for a U-Net without text, or without guidance, which puts both branches through the U-Net in one batch.
-        """
-        device, dtype = self._execution_device, self.unet.dtype
-        guided = without_text is not None
-        if text is not None and without_text is not None:
-            text = torch.cat([without_text, text])
-            local_features = torch.cat([local_features, local_features])
-        scheduler = copy.deepcopy(self.scheduler)  # it keeps the state of one walk
-        scheduler.set_timesteps(steps, device=device)
-        # The latents stay in float32 between the steps, so that a half-precision U-Net does not round them each time.
-        latents: Tensor = noise.to(device, torch.float32) * scheduler.init_noise_sigma
-        for timestep in self.progress_bar(scheduler.timesteps):
-            sample = torch.cat([latents, latents]) if guided else latents
-            sample = scheduler.scale_model_input(sample, timestep).to(dtype)
-            prediction = self.predict(sample, timestep, local_features, text)
-            if guided:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
-        return latents
-
-    def predict(self, sample: Tensor, timestep: Tensor, local_features: Tensor, text: Tensor | None) -> Tensor:
-        """What the U-Net says of noisy latents (b, c, rows, columns), float32, in tiles where they are large.
-
-        The arguments are the U-Net's own, the text embeddings b or none.
-        """
-        multiple = self.padding_multiple_px // VAE_FACTOR
-        tiles = LatentTiles(sample.shape[-2], sample.shape[-1], self.tile_latents, self.overlap_latents, multiple)
-        at_once = max(1, LATENTS_AT_ONCE // (len(sample) * tiles.height * tiles.width))
-
-        def one(sample: Tensor, features: Tensor) -> Tensor:
-            repeated = None if text is None else text.repeat(len(sample) // len(text), 1, 1)
-            prediction: Tensor = self.unet(sample, timestep, repeated, local_features=features).sample
-            return prediction.float()
-
-        return tiles.blend(one, sample, local_features, at_once=at_once)
 
     def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Scaled latents (b, c, *latent_size(height, width)) to pictures (b, 3, height, width) float32 in 0..1."""
@@ -367,15 +318,6 @@ class PercoPipeline(DiffusionPipeline):
         return pictures
 
 
-def check_steps(steps: int, unet: Any, scheduler: Any) -> int:
-    """The number of denoising steps.  Raises ValueError unless the model can decode in so many."""
-    most = scheduler.config.num_train_timesteps - scheduler.config.get("steps_offset", 0)
-    steps = whole_number("the number of denoising steps", steps, 0, most)
-    if steps == 0 and not getattr(unet.config, "add_local_features", False):
-        raise ValueError("this model's local features hold no estimate of the picture: take at least 1 denoising step")
-    return steps
-
-
 def check_finite(values: Tensor, what: str, network: Any) -> None:
     """Raises NotFinite if a network made numbers that are none, which would be shown as black."""
     if not all(math.isfinite(end.item()) for end in torch.aminmax(values)):
@@ -383,18 +325,6 @@ def check_finite(values: Tensor, what: str, network: Any) -> None:
         raise NotFinite(
             f"the {what} went out of the range of {network.dtype}: {remedy}install the model's weights again"
         )
-
-
-def draw_noise(shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-    """Standard normal noise of this shape, float32, drawn on the CPU so that every device gets the same.
-
-    generator: one for the whole batch, or one for each of its entries.  Raises ValueError for another number of them.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} pictures")
-    return torch.cat([torch.randn((1, *shape[1:]), generator=one) for one in generator])
 
 
 def to_output(pictures: Tensor, output_type: str) -> Any:

@@ -27,7 +27,8 @@ from .features import lite0
 from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
-from .pipeline import PercoPipeline, draw_noise
+from .pipeline import PercoPipeline
+from .sampling import denoise, draw_noise
 
 MOST_STEPS = 100
 """How many steps a search may have."""
@@ -127,7 +128,7 @@ def _search_tile(
                 estimate = rung.decode(code, estimate)
             with half_precision(latents.device):
                 features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
-                decoded = pipeline.denoise(noise, features, text, None, 1, 1.0)
+                decoded = denoise(pipeline, noise, features, text, None, 1, 1.0)
                 picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
             loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
             loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))

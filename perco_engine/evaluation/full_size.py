@@ -34,7 +34,8 @@ from ..devices import best_device
 from ..memory import GIB, Placement, is_out_of_memory
 from ..models.hyper_encoder import ElicHyperEncoder
 from ..models.unet import UNet2DConditionModel
-from ..pipeline import PercoPipeline, draw_noise
+from ..pipeline import PercoPipeline
+from ..sampling import denoise, draw_noise, predict
 from .allocations import Allocations
 
 Config = dict[str, Any]
@@ -150,7 +151,7 @@ def decode(pipeline: PercoPipeline, size: tuple[int, int], batch: int, steps: in
     text, without_text = embed(pipeline, batch), embed(pipeline, batch)
     lap("text encoder")
     features = pipeline.local_features(random_codes(pipeline, batch, width, height), height, width)
-    latents = pipeline.denoise(draw_noise(shape), features.to(pipeline.unet.dtype), text, without_text, steps, 3.0)
+    latents = denoise(pipeline, draw_noise(shape), features.to(pipeline.unet.dtype), text, without_text, steps, 3.0)
     lap("denoising")
     pipeline.decode_latents(latents, height, width)
     lap("VAE decoder")
@@ -212,7 +213,7 @@ def estimate(pipeline: PercoPipeline, size: tuple[int, int], batch: int) -> dict
     parts: dict[str, Callable[[], object]] = {
         "encode": lambda: pipeline.encode_latents(torch.empty(batch, 3, height, width)),
         "text encoder": lambda: embed(pipeline, batch),
-        "U-Net": lambda: pipeline.predict(sample, torch.tensor(1), features, embed(pipeline, 2 * batch)),
+        "U-Net": lambda: predict(pipeline, sample, torch.tensor(1), features, embed(pipeline, 2 * batch)),
         "VAE decoder": lambda: pipeline.decode_latents(sample[:batch], height, width),
     }
     figures = {}
@@ -235,8 +236,8 @@ def parity(architecture: Architecture, device: torch.device, dtype: torch.dtype)
 
     def outputs() -> dict[str, Tensor]:
         place = pipeline._execution_device, pipeline.unet.dtype
-        predicted = pipeline.predict(
-            sample.to(*place), torch.tensor(500, device=place[0]), features.to(*place), text.to(*place)
+        predicted = predict(
+            pipeline, sample.to(*place), torch.tensor(500, device=place[0]), features.to(*place), text.to(*place)
         )
         return {"U-Net": predicted.cpu(), "VAE decoder": pipeline.decode_latents(sample, 256, 256).cpu()}
 
