@@ -30,6 +30,10 @@ class ModelReference:
     fingerprint: bytes = b""
 
 
+EXIF_PREFIX = b"Exif\x00\x00"
+"""What an EXIF block begins with in JPEG files and in Pillow's `info`, but not in a .perco file."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What travels with the picture unchanged: the raw bytes of its EXIF, ICC and XMP blocks (empty: none)."""

@@ -3,13 +3,22 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
-from .codes import Metadata
+from .codes import EXIF_PREFIX, Metadata
 
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow names and, without other programs, does not read: a folder is not searched for them."""
+
+EXIF_TAGS = (
+    ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit, ExifTags.Base.Software, ExifTags.Base.DateTime,
+    ExifTags.Base.Artist, ExifTags.Base.Copyright,
+)  # fmt: skip
+"""The tags of a TIFF file that tell of its picture, and not of how its bytes lie."""
 
 QUALITY = {"JPEG": 92, "WEBP": 92, "AVIF": 85}
 """Above Pillow's defaults: a decoded picture is not to be made worse a second time."""
@@ -48,14 +57,26 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
     image.load()
     if not keep_metadata:
         return Photo(image, Metadata())
-    exif, xmp = image.getexif(), image.info.get("xmp") or b""
+    exif, xmp = image.getexif() or _exif_of_tiff(opened), image.info.get("xmp") or b""
     return Photo(
         image,
         Metadata(
-            exif=exif.tobytes().removeprefix(b"Exif\x00\x00") if exif else b"",
+            exif=exif.tobytes().removeprefix(EXIF_PREFIX) if exif else b"",
             xmp=xmp.encode() if isinstance(xmp, str) else xmp,
         ),
     )
+
+
+def _exif_of_tiff(opened: Image.Image) -> Image.Exif:
+    """What the tags of a TIFF file tell of its picture; none of another file, whose EXIF block Pillow copies along."""
+    kept = Image.Exif()
+    if opened.format == "TIFF":
+        found = opened.getexif()
+        kept.update({tag: found[tag] for tag in EXIF_TAGS if tag in found})
+        for block in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            if values := found.get_ifd(block):
+                kept[block] = dict(values)
+    return kept
 
 
 def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = None) -> bytes:
@@ -63,8 +84,7 @@ def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = N
 
     Opacity is dropped, on white, where the format has none.  Raises OSError, ValueError where it cannot be written.
     """
-    blocks = vars(metadata or Metadata())
-    options = {name: block for name, block in blocks.items() if block}
+    options = _metadata_options(metadata or Metadata(), kind)
     if kind in QUALITY:
         options["quality"] = QUALITY[kind]
     written = io.BytesIO()
@@ -79,7 +99,36 @@ def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = N
     return written.getvalue()
 
 
+def _metadata_options(metadata: Metadata, kind: str) -> dict[str, Any]:
+    """What Pillow is to be told for a file of this format to hold these blocks."""
+    options: dict[str, Any] = {name: block for name, block in vars(metadata).items() if block}
+    if metadata.exif:
+        options["exif"] = EXIF_PREFIX + metadata.exif
+    if metadata.xmp and kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", metadata.xmp.decode("utf-8", "replace"))
+    if metadata.xmp and kind == "TIFF":
+        exif = Image.Exif()
+        exif.load(options.get("exif", b""))
+        exif[ExifTags.Base.XMLPacket] = metadata.xmp
+        options["exif"] = exif
+    return options
+
+
+def sidecar(photo: Path) -> Path:
+    """The text file beside a photo that may hold its caption."""
+    return photo.with_suffix(".txt")
+
+
 def sidecar_caption(photo: Path) -> str | None:
-    """The text of the .txt file beside a photo, or None where there is none.  Raises OSError, UnicodeDecodeError."""
-    text = photo.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text != photo and text.is_file() else None
+    """The text of the .txt file beside a photo, or None where there is none.
+
+    Raises OSError, and ValueError for a file that is not in UTF-8.
+    """
+    text = sidecar(photo)
+    if text == photo or not text.is_file():
+        return None
+    try:
+        return text.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not in UTF-8: write it anew so, or move it away") from error

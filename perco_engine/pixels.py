@@ -40,7 +40,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def straight(image: Image.Image) -> Image.Image:
-    """The picture with colours that are not multiplied by its opacity."""
+    """The picture with colours that are not multiplied by its opacity, and each pixel with its own."""
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
     return image.convert(image.mode[:-1] + "A") if image.mode in ("RGBa", "La") else image
 
 
@@ -83,6 +85,8 @@ def as_seen(photo: Image.Image) -> Image.Image:
 def to_srgb(image: Image.Image) -> Image.Image:
     """The picture in sRGB, by its embedded colour profile; unchanged where it has none, or one that is no good."""
     profile = image.info.get("icc_profile")
+    if profile and image.mode == "P":
+        image = image.convert("RGBA" if has_alpha(image) else "RGB")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:

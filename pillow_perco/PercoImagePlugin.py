@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
+from perco_engine.codes import EXIF_PREFIX
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
 from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
@@ -78,7 +79,7 @@ class PercoImageFile(ImageFile.ImageFile):
         self.info["perco"] = describe(header, len(self._file))
         for name in ("exif", "icc_profile", "xmp"):
             if block := getattr(header.metadata, name):
-                self.info[name] = block
+                self.info[name] = EXIF_PREFIX + block if name == "exif" else block
         self._set_tile()
 
     def _set_tile(self) -> None:
@@ -178,7 +179,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
         exif = exif.tobytes()
     xmp = options.get("xmp") or b""
     blocks = {
-        "exif": exif.removeprefix(b"Exif\x00\x00") if isinstance(exif, bytes) else exif,
+        "exif": exif.removeprefix(EXIF_PREFIX) if isinstance(exif, bytes) else exif,
         "icc_profile": options.get("icc_profile") or b"",
         "xmp": xmp.encode() if isinstance(xmp, str) else xmp,
     }

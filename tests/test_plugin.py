@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import opened_size
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 import pillow_perco
+from perco_engine.pixels import as_seen
 from pillow_perco.PercoImagePlugin import PercoImageFile
 
 
@@ -121,6 +122,7 @@ def test_metadata_round_trips_only_when_given(photo: Image.Image) -> None:
     assert (
         opened(saved(photo, exif=b"Exif\x00\x00" + exif.tobytes().removeprefix(b"Exif\x00\x00"))).getexif()[0x0112] == 6
     )
+    photo = photo.copy()
     photo.info["exif"] = exif.tobytes()
     assert "exif" not in opened(saved(photo)).info
     assert (
@@ -318,3 +320,24 @@ def test_register_perco_opener_sets_how_files_are_decoded(photo: Image.Image) ->
         pillow_perco.register_perco_opener()
     assert opened(data).tobytes() == default
     assert type(opened(data)) is PercoImageFile
+
+
+def test_palettes_with_many_transparent_colours(photo: Image.Image, tiny_model: Path) -> None:
+    image = photo.quantize(8)
+    image.info["transparency"] = bytes([0, 128, 255, 255, 255, 255, 255, 255])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert opened(saved(image, model=tiny_model)).mode == "RGBA"
+
+
+def test_palettes_with_a_profile(photo: Image.Image) -> None:
+    """Colours of a palette are the profile's too: here one whose red and blue primaries are exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * data[131], 12)}
+    red, blue = (data[tags[name] + 4 : tags[name] + 12] for name in (b"rXYZ", b"bXYZ"))
+    data[tags[b"rXYZ"] + 4 : tags[b"rXYZ"] + 12], data[tags[b"bXYZ"] + 4 : tags[b"bXYZ"] + 12] = blue, red
+    palette = photo.quantize(64)
+    plain = palette.convert("RGB")
+    palette.info["icc_profile"] = bytes(data)
+    seen = np.asarray(as_seen(palette), int)
+    assert np.abs(seen - np.asarray(plain, int)[..., ::-1]).max() <= 3

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from .. import pixels
 from ..errors import InvalidSettings
+from ..picture_files import sidecar_caption
 from .settings import FolderData, Listed, OpenImagesData, TfdsData
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -43,8 +45,7 @@ class Files:
             return pixels.to_rgb(pixels.as_seen(photo))
 
     def sidecar(self, number: int) -> str | None:
-        text = (self.folder / self.names[number]).with_suffix(".txt")
-        return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+        return sidecar_caption(self.folder / self.names[number])
 
 
 class Tfds:
@@ -179,7 +180,7 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, s
     if path.suffix == ".parquet":
         rows, found = _read_parquet(path, key, columns)
     else:
-        reader = csv.DictReader(read_text(path, key).splitlines())
+        reader = csv.DictReader(io.StringIO(read_text(path, key), newline=""))
         rows, found = list(reader), list(reader.fieldnames or ())
     if missing := [column for column in columns if column not in found]:
         raise InvalidSettings(f"{key}: {path} has no column {missing[0]!r}; it has {', '.join(found)}")
