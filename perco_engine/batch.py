@@ -25,7 +25,7 @@ from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
 from .codes import Metadata
-from .conversion import Task
+from .conversion import Task, told
 from .errors import PercoError
 
 READERS = WRITERS = 2
@@ -88,7 +88,8 @@ def convert(tasks: Iterable[Task], settings: Settings) -> Generator[Result | Thu
     """Converts files and tells what became of each, in the order in which they are done.
 
     A task that fails, for whatever reason, does not keep the others from being done.  Every target is written beside
-    its place and renamed; folders are made as needed; a target that is there is replaced.
+    its place and renamed; folders are made as needed; a target that is there is replaced if the settings say so, but
+    never where it was made of another source just before: some file systems do not tell A.perco from a.perco.
 
     `tasks` is read by another thread, as far ahead as there is room; it may wait for files to come.
     Closing the iterator, or an interrupt while it waits, breaks the work off: no target is left half-written.
@@ -113,6 +114,8 @@ class _Work:
         self._for_networks: queue.SimpleQueue[Item | Path | None] = queue.SimpleQueue()
         self._for_writers: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Result | Thumbnailed | BaseException | None] = queue.SimpleQueue()
+        self._writing = threading.Lock()
+        self._made: dict[tuple[int, int], Task] = {}
         self._writers = [self._thread(self._write_all) for _ in range(WRITERS)]
 
     def results(self) -> Iterator[Result | Thumbnailed]:
@@ -264,11 +267,33 @@ class _Work:
             item.data = picture_files.picture_bytes(item.image, kind, item.metadata)
             item.image = None
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.write_beside(target, item.data)
+        with self._writing:
+            self._check_place(item.task)
+            files.write_beside(target, item.data)
+            self._made[_file_number(target)] = item.task
         if self._settings.delete_source:
             _check_written(item, self._networks)
             item.task.source.unlink()
         return len(item.data)
+
+    def _check_place(self, task: Task) -> None:
+        """Raises FileExistsError where something is in a target's place that must not be replaced."""
+        if not os.path.lexists(task.target):
+            return
+        if not self._settings.overwrite:
+            raise FileExistsError(f"{told(task.target)} is there already: --overwrite replaces it")
+        if not task.target.exists():  # a link to what is not there yet
+            return
+        other = self._made.get(_file_number(task.target))
+        # that it is there still: the number of a file that is gone is given to others
+        if other and other.source != task.source and other.target.exists() and other.target.samefile(task.target):
+            raise FileExistsError(f"it would become the same file as {told(other.source)}: rename one of them")
+
+
+def _file_number(path: Path) -> tuple[int, int]:
+    """What tells a file from all others, whatever its name."""
+    state = path.stat()
+    return state.st_dev, state.st_ino
 
 
 def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
@@ -276,6 +301,9 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
     with Image.open(task.source) as opened:
         if opened.format == "PERCO":
             raise ValueError("this is a .perco file already, whatever its name says")
+        # Of an MPO file the others are smaller copies, or for another eye.
+        if settings.delete_source and opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
+            raise ValueError(f"it has {frames} frames or pages, and a .perco file holds one: the source was kept")
         pixels = opened.width * opened.height
         take(pixels)
         photo = picture_files.read_photo(opened, settings.keep_metadata)

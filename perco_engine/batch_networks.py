@@ -39,6 +39,7 @@ class Settings:
     caption: of every picture; None: the text of a .txt file beside the photo, if `sidecars`.
     steps, guidance_scale: of decoding.  seed: of both.
     keep_metadata: EXIF and XMP travel along.
+    overwrite: replace files that are there; else a task fails whose target is there when it is to be written.
     delete_source: remove a source when the written file was read back and found good.
     thumbnails: of written .perco files, into the desktop's cache, when nothing else is to do; None: if the model
         decodes in one step.
@@ -55,6 +56,7 @@ class Settings:
     guidance_scale: float | None = None
     seed: int | None = None
     keep_metadata: bool = False
+    overwrite: bool = False
     delete_source: bool = False
     thumbnails: bool | None = None
 

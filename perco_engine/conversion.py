@@ -104,6 +104,9 @@ def plan(request: Request) -> list[Task]:
             for one in found
             if not one.scanned or is_perco(one.path) != (suffix == PERCO)
         ]
+        if suffix == PERCO:
+            captions = {picture_files.sidecar(task.source) for task in tasks if task.source.suffix != ".txt"}
+            tasks = [task for task in tasks if task.source not in captions]
     if not tasks:
         raise ConversionError(f"nothing to convert to {suffix} in {', '.join(request.sources)}")
     _check(tasks)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -14,23 +15,28 @@ def write_beside(
 ) -> None:
     """Writes a file whole or not at all: beside its place first, then renamed.
 
-    A file that was there keeps its permissions, and a link its place: what it points to is replaced.
+    A file that was there keeps its permissions, and a link its place: what it points to is replaced.  What is no file
+    (a device, a pipe) is not replaced, but written to.
     mode: the permissions of the file; None: those that it had, or what the umask leaves of 0666.
     sync: wait until the data are on the disk, so that not even a power cut leaves less than the whole file.
 
     Raises OSError.
     """
-    import tempfile
-
     target = Path(os.fsdecode(path)).resolve()
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if target.exists():
+        if not target.is_file():
+            target.write_bytes(data)
+            return
+        mode = stat.S_IMODE(target.stat().st_mode) if mode is None else mode
+    # Not the target's own name with something added: that might be longer than a name can be.
+    beside = target.parent / f".perco-{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        # Not the target's own name with something added: that might be longer than a name can be.
-        handle, name = tempfile.mkstemp(prefix=".perco-", dir=target.parent)
+        handle = os.open(beside, flags, 0o666 if mode is None else mode)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(target)) from error
-    beside = Path(name)
     _unfinished.add(beside)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -38,22 +44,14 @@ def write_beside(
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        if mode is None:
-            mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
-        beside.chmod(mode)
+        if mode is not None:
+            beside.chmod(mode)
         beside.replace(target)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     finally:
         _unfinished.discard(beside)
-
-
-def _umask() -> int:
-    """The permissions that new files do not get; there is no way to read it but to set it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def discard_unfinished() -> None:

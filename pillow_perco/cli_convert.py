@@ -114,7 +114,7 @@ def convert(
     from perco_engine.watch import watch as watched
 
     work = tasks if watch is None else watched(request, existing == "overwrite")
-    results = converted(work, Settings(sidecars=not no_sidecars, **settings))
+    results = converted(work, Settings(sidecars=not no_sidecars, overwrite=existing == "overwrite", **settings))
     with _stoppable(report), report.progress, closing(results):
         for done in results:
             if isinstance(done, Result):

@@ -97,3 +97,9 @@ def test_names_as_text() -> None:
     assert told("a\nb\x1b[2J") == "a\\nb\\x1b[2J"
     assert told(os.fsdecode(b"\xff.jpg")) == "\\xff.jpg"
     assert told("Käse #1 100%.jpg") == "Käse #1 100%.jpg"
+
+
+def test_captions_beside_photos_are_no_sources(tree: Path) -> None:
+    Path("in/a.txt").touch()
+    assert planned("in/a*") == planned("in/a.txt", "in/a.jpg") == [("in/a.jpg", "out/a.perco")]
+    assert planned("in/notes.txt") == [("in/notes.txt", "out/notes.perco")]  # whose failure is told

@@ -353,3 +353,85 @@ def _runs_for_others(python: str) -> bool:
     except OSError:
         return False
     return run.returncode == 0
+
+
+def xmp_of(path: str) -> str:
+    with Image.open(path) as image:
+        found = image.info.get("xmp", b"")
+    return found.decode() if isinstance(found, bytes) else str(found)
+
+
+@pytest.mark.parametrize("target", ["b.jpg", "b.png", "b.webp", "b.tif", "b.avif"])
+@pytest.mark.parametrize("source", ["a.jpg", "a.tif"])
+def test_metadata_in_every_format(source: str, target: str, photo: Image.Image) -> None:
+    xmp = "<x:xmpmeta xmlns:x='adobe:ns:meta/'>Käuzchen</x:xmpmeta>"
+    exif = Image.Exif()
+    exif[0x010E] = "a barn owl"
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:02 03:04:05"
+    if source.endswith("tif"):
+        exif[700] = xmp.encode()
+    photo.save(source, exif=exif.tobytes(), xmp=xmp.encode())
+    assert convert(source, "a.perco", "--keep-metadata").exit_code == 0
+    assert convert("a.perco", target, "--keep-metadata").exit_code == 0
+    with Image.open(target) as image:
+        kept = image.getexif()
+        assert image.size == (192, 128) and kept[0x010E] == "a barn owl"
+        assert kept.get_ifd(0x8769)[0x9003] == "2026:01:02 03:04:05"
+    assert "Käuzchen" in xmp_of(target)
+    with Image.open("a.perco") as image:
+        assert {0x0100, 0x0111, 0x0117}.isdisjoint(image.getexif())  # where the bytes of a TIFF file were
+        image.save("c.jpg", exif=image.info["exif"])
+    with Image.open("c.jpg") as image:
+        assert image.getexif()[0x010E] == "a barn owl"
+
+
+def test_sources_of_several_frames_are_kept(photo: Image.Image) -> None:
+    photo.save("a.gif", save_all=True, append_images=[photo.rotate(90)])
+    result = convert("a.gif", "out/", "--delete-source")
+    assert result.exit_code == 1 and "2 frames" in result.stderr and Path("a.gif").exists()
+    assert convert("a.gif", "out/").exit_code == 0 and names("out") == ["a.perco"]
+
+
+def test_what_comes_meanwhile_is_not_replaced(photo: Image.Image) -> None:
+    photo.save("a.png")
+    tasks = [Task(Path("a.png"), Path("a.perco"))]
+    Path("a.perco").write_bytes(b"precious")
+    (done,) = batch.convert(tasks, Settings(thumbnails=False))
+    assert isinstance(done, batch.Result) and "is there already" in done.error
+    assert Path("a.perco").read_bytes() == b"precious"
+
+
+def test_two_names_of_one_file_are_not_written_one_over_the_other(photo: Image.Image) -> None:
+    """As A.perco and a.perco are on some file systems; here, by a link that comes between the two."""
+    for name in ("a.png", "b.png"):
+        photo.save(name)
+
+    def tasks() -> Iterator[Task]:
+        yield Task(Path("a.png"), Path("a.perco"))
+        wait_for(lambda: Path("a.perco").exists() and not Path("a.png").exists())
+        Path("b.perco").hardlink_to("a.perco")
+        yield Task(Path("b.png"), Path("b.perco"))
+
+    found = list(batch.convert(tasks(), Settings(thumbnails=False, overwrite=True, delete_source=True)))
+    assert sorted(done.error for done in found if isinstance(done, batch.Result)) == [
+        "", "it would become the same file as a.png: rename one of them",
+    ]  # fmt: skip
+    assert Path("b.png").exists()
+
+
+def test_captions_with_a_mark_before_them(photo: Image.Image) -> None:
+    photo.save("a.png")
+    Path("a.txt").write_text("a barn owl\n", encoding="utf-8-sig")
+    photo.save("b.png")
+    Path("b.txt").write_bytes("Käuzchen".encode("latin-1"))
+    result = convert("a.png", "b.png", "out/")
+    assert result.exit_code == 1 and "b.txt is not in UTF-8" in result.stderr and names("out") == ["a.perco"]
+    with Image.open("out/a.perco") as image:
+        assert image.info["perco"]["caption"] == "a barn owl"
+
+
+def test_a_link_to_what_is_not_there_yet(photo: Image.Image) -> None:
+    photo.save("a.png")
+    Path("a.perco").symlink_to("elsewhere.perco")
+    assert convert("a.png", "a.perco", "--overwrite").exit_code == 0
+    assert Path("a.perco").is_symlink() and Path("elsewhere.perco").stat().st_size > 20

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,25 @@ def test_errors_name_the_file_that_was_meant(tmp_path: Path) -> None:
         write_beside(tmp_path, b"new")
     assert folder.value.errno == errno.EISDIR and folder.value.filename == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_new_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_beside(tmp_path / "new", b"new")
+        write_beside(tmp_path / "private", b"new", mode=0o666)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "private")] == [0o640, 0o666]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_beside(pipe, b"new")
+    reader.join(10)
+    assert read == [b"new"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
