@@ -14,7 +14,6 @@ root is no exception.  Sizes are looked at before anything is read.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -56,8 +55,10 @@ def runtime_folder() -> Path:
     """The folder of the socket, for this user alone; made if it is not there.
 
     In XDG_RUNTIME_DIR, or in the system's folder for temporary files.
-    Raises OSError where it is another user's, or others may look into it.
+    Raises OSError where it is another user's, or others may look into it, and on Windows.
     """
+    if sys.platform == "win32":
+        raise OSError("there is no warm engine on Windows, which does not tell whose process asks")
     named = os.environ.get("XDG_RUNTIME_DIR", "")
     folder = Path(named) / "pillow-perco"
     short = len(os.fsencode(folder / "engine.socket")) <= _LONGEST_ADDRESS
@@ -126,8 +127,9 @@ def stop() -> bool:
 def start(idle_seconds: float = IDLE_SECONDS) -> dict[str, Any]:
     """Starts the service unless it runs, and waits until it answers.  Returns its status.
 
-    Raises OSError if it does not answer within START_SECONDS.
+    Raises OSError if it does not answer within START_SECONDS, or has no folder (`runtime_folder`).
     """
+    runtime_folder()
     found = status()
     if found is not None and found.get("version") == __version__:
         return found
@@ -218,6 +220,8 @@ class _Service:
     def serve(self) -> None:
         """Answers until it is told to stop or nobody has asked for long enough.  Returns at once if another does."""
         folder = runtime_folder()
+        import fcntl  # which Windows lacks
+
         with (folder / "lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

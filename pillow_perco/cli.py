@@ -9,6 +9,8 @@ import click
 from PIL import Image
 
 import pillow_perco
+from perco_engine import bitstream, conversion, picture_files
+from perco_engine.conversion import told
 from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
 
@@ -19,8 +21,13 @@ from .cli_evaluate import EFFORT, compare_captions, evaluate, find_peers, select
 from .cli_models import models
 from .cli_train import train
 from .cli_view import service, view
+from .PercoImagePlugin import describe
 
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
+
+
+BAD_FILES = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no pictures, damaged, or too large."""
 
 
 class Group(click.Group):
@@ -29,8 +36,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (PercoError, OSError, ValueError) as error:
-            raise click.ClickException(str(error)) from error
+        except (PercoError, *BAD_FILES) as error:
+            raise click.ClickException(str(error) or type(error).__name__) from error
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,12 +50,10 @@ INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
-def read_photo(path: Path) -> Image.Image:
+def read_photo(path: Path, keep_metadata: bool = False) -> picture_files.Photo:
     """A photo as a person sees it: upright, in sRGB."""
-    from perco_engine.pixels import as_seen
-
     with Image.open(path) as photo:
-        return as_seen(photo)
+        return picture_files.read_photo(photo, keep_metadata)
 
 
 def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
@@ -92,13 +97,16 @@ def encode(
 
     The picture is turned upright and converted to sRGB.  TARGET is replaced only when everything went well.
     """
-    photo = read_photo(source)
-    if keep_metadata:
-        options |= {"exif": photo.getexif(), "xmp": photo.info.get("xmp")}
-    pillow_perco.save(photo, target, alpha=not no_alpha, **options)
+    if not conversion.is_perco(target):
+        raise click.ClickException(f"{told(target)}: encode writes .perco files; end the name so, or see perco convert")
+    if target.exists() and source.samefile(target):
+        raise click.ClickException(f"{told(target)} would be written over: choose another name")
+    read = read_photo(source, keep_metadata)
+    photo, metadata = read.image, {name: block for name, block in vars(read.metadata).items() if block}
+    pillow_perco.save(photo, target, alpha=not no_alpha, **options, **metadata)
     size = target.stat().st_size
     fill_cache(target, options["model"], thumbnailed)
-    click.echo(f"{target}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
+    click.echo(f"{told(target)}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
 
 
 @main.command()
@@ -115,14 +123,13 @@ def decode(
     max_size: int | None, model: str | None, samples: int | None,
 ) -> None:  # fmt: skip
     """Decode the .perco file SOURCE to a picture of the kind that TARGET's name says."""
-    from perco_engine import bitstream, weights
+    from perco_engine import weights
     from perco_engine.engine import get_engine_for
     from perco_engine.evaluation.contact_sheet import samples_sheet
-    from perco_engine.picture_files import picture_bytes, writable_kind
 
-    kind = writable_kind(target.suffix)
+    kind = picture_files.writable_kind(target.suffix)
     if kind is None:
-        raise click.ClickException(f"{target}: no picture format can be written under this name; try .png")
+        raise click.ClickException(f"{told(target)}: no picture format can be written under this name; try .png")
     if model is not None:
         weights.find(model)
     data = source.read_bytes()
@@ -134,8 +141,8 @@ def decode(
         [data] * len(seeds), steps=steps, guidance_scale=guidance, seed=seeds, max_size_px=max_size
     )
     picture = samples_sheet(pictures, seeds) if samples else pictures[0]
-    write_beside(target, picture_bytes(picture, kind))
-    click.echo(f"{target}: {picture.width}x{picture.height} pixels")
+    write_beside(target, picture_files.picture_bytes(picture, kind))
+    click.echo(f"{told(target)}: {picture.width}x{picture.height} pixels")
 
 
 @main.command()
@@ -143,15 +150,16 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: Path, as_json: bool) -> None:
     """Tell what a .perco file says, without decoding its pixels."""
-    with Image.open(file, formats=["PERCO"]) as picture:
-        told = {**picture.info["perco"], "mode": picture.mode}
+    data = file.read_bytes()
+    header = bitstream.read_header(data)
+    said = {**describe(header, len(data)), "mode": "RGBA" if header.has_alpha else "RGB"}
     if as_json:
-        click.echo(json.dumps(told, indent=1))
+        click.echo(json.dumps(said, indent=1))
         return
-    for name, value in told.items():
+    for name, value in said.items():
         if name == "bytes":
             value = ", ".join(f"{part} {size}" for part, size in value.items() if size)
-        click.echo(f"{name.replace('_', ' '):<16} {value if value not in ('', None) else '-'}")
+        click.echo(f"{name.replace('_', ' '):<16} {told(str(value)) if value not in ('', None) else '-'}")
 
 
 @main.command("convert-reference")
@@ -170,7 +178,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
     converted = reference_files.convert(data, bpp)
     write_beside(target, converted)
-    click.echo(f"{target}: {len(converted)} bytes, the reference's file has {len(data)}")
+    click.echo(f"{told(target)}: {len(converted)} bytes, the reference's file has {len(data)}")
 
 
 @main.command()
@@ -183,10 +191,10 @@ def demo(photo: Path, out: Path, effort: int | None) -> None:
     """Encode a photo at every rate: a contact sheet of what comes back, and a table."""
     from perco_engine.evaluation.demo import run
 
-    sheet, table = run(read_photo(photo).convert("RGB"), effort=effort)
+    sheet, table = run(read_photo(photo).image.convert("RGB"), effort=effort)
     sheet.save(out)
     click.echo(table)
-    click.echo(f"\nlook at {out}")
+    click.echo(f"\nlook at {told(out)}")
 
 
 @main.command()
@@ -208,9 +216,9 @@ def bench(photo: Path, as_json: bool, times: int, count: int | None, mixed: bool
     if count is None:
         if mixed:
             raise click.UsageError("--mixed goes with --convert N")
-        result = benchmark.measure(read_photo(photo), times)
+        result = benchmark.measure(read_photo(photo).image, times)
     else:
-        result = bench_convert.measure(read_photo(photo), count, mixed=mixed)
+        result = bench_convert.measure(read_photo(photo).image, count, mixed=mixed)
     click.echo(benchmark.to_json(result) if as_json else benchmark.table(result))
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from perco_engine.conversion import told
+
 from .cli_evaluate import EFFORT, OUT, listed
 
 PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -47,4 +49,4 @@ def compare(
         effort,
     )
     comparing.compare(photos, out, settings, lambda text: click.echo(text, err=True))
-    click.echo(f"look at {out}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")
+    click.echo(f"look at {told(out)}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")

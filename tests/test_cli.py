@@ -1,6 +1,7 @@
 """The command line, from outside."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 from conftest import opened_size
 from PIL import Image, ImageCms
 
+import pillow_perco
 from pillow_perco.cli import main
 
 
@@ -135,3 +137,46 @@ def test_doctor() -> None:
 def test_the_installed_command() -> None:
     command = Path(sys.executable).with_name("perco")
     assert "perco" in subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("target", ["other.jpg", "photo.jpg", "photo"])
+def test_encode_writes_over_no_photo(target: str, jpeg: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "other.jpg")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = perco("encode", jpeg, tmp_path / target)
+    assert result.exit_code == 1 and "encode writes .perco files" in result.output
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_encode_does_not_write_over_its_source(jpeg: Path, tmp_path: Path) -> None:
+    coded = tmp_path / "x.perco"
+    perco("encode", jpeg, coded, "--bpp", 0.03)
+    before = coded.read_bytes()
+    result = perco("encode", coded, tmp_path / "." / "x.perco", "--bpp", 0.002)
+    assert result.exit_code == 1 and "would be written over" in result.output and coded.read_bytes() == before
+
+
+def test_pictures_of_any_size_are_told_about(jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = tmp_path / "x.perco"
+    perco("encode", jpeg, coded)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    result = perco("encode", jpeg, tmp_path / "y.perco")
+    assert result.exit_code == 1 and "exceeds limit" in result.output and "Traceback" not in result.output
+    result = perco("info", coded)
+    assert result.exit_code == 0 and "192" in result.output
+
+
+def test_captions_and_names_cannot_write_to_the_terminal(photo: Image.Image, tmp_path: Path) -> None:
+    pillow_perco.save(photo, tmp_path / "x.perco", caption="an owl\x1b]52;c;eA==\x07\nseed 7")
+    told = perco("info", tmp_path / "x.perco").output
+    assert "an owl\\x1b]52;c;eA==\\x07\\nseed 7" in told and "\x1b" not in told
+    odd = tmp_path / os.fsdecode(b"caf\xe9.perco")
+    photo.save(tmp_path / "photo.png")
+    result = perco("encode", tmp_path / "photo.png", odd)
+    assert result.exit_code == 0 and "caf\\xe9.perco: " in result.output and odd.exists()
+
+
+def test_every_command_without_what_windows_lacks() -> None:
+    program = "import sys; sys.modules['fcntl'] = None; from pillow_perco.cli import main; main(['view', '--help'])"
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "picture viewer" in run.stdout

@@ -126,3 +126,10 @@ def test_the_client_leaves_torch_alone(runtime: Path, photo: Image.Image, tmp_pa
         [sys.executable, "-c", code, str(tmp_path / "x.perco")], capture_output=True, text=True, check=True
     )
     assert json.loads(run.stdout) == [[192, 128], False]
+
+
+def test_on_windows_there_is_none(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.sys, "platform", "win32")
+    assert service.decode(data, start_it=True) is None and service.status() is None and not service.stop()
+    with pytest.raises(OSError, match="no warm engine on Windows"):
+        service.start()
