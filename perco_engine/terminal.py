@@ -22,7 +22,9 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 QUESTION = b"\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[c"
 """Whether Kitty's protocol is known, and what kind of terminal it is.  Every terminal answers the second."""
 
-ANSWER_SECONDS = 0.3
+ANSWER_SECONDS = 2.0
+"""Far away terminals take that long; near ones answer at once, and nobody waits for more than an answer."""
+
 SIXEL_COLOURS = 256
 
 
@@ -60,7 +62,7 @@ def by_answer(answer: bytes) -> Protocol:
 
 def _ask() -> bytes:
     """The terminal's answer to QUESTION; what came within ANSWER_SECONDS."""
-    if sys.platform == "win32":
+    if sys.platform == "win32" or os.environ.get("TERM", "") in ("", "dumb"):
         return b""
     import termios
     import tty
@@ -77,6 +79,7 @@ def _ask() -> bytes:
                 break
             answer += os.read(handle, 1024)
     finally:
+        termios.tcflush(handle, termios.TCIFLUSH)  # what is late is nothing that was typed
         termios.tcsetattr(handle, termios.TCSANOW, before)
     return answer
 

@@ -1,5 +1,6 @@
 """A .perco file shown: decoded once, kept as a PNG in a private folder, and opened in the user's own viewer."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -21,14 +22,17 @@ KEPT_BYTES = 256 << 20
 
 def folder() -> Path:
     """Where decoded pictures are kept, for this user alone: in the user's cache, or runtime folder if there is none."""
-    kept = Path(platformdirs.user_cache_dir("pillow-perco", appauthor=False)) / "view"
-    try:
-        files.make_private(kept)
-        if os.access(kept, os.W_OK):
-            return kept
-    except OSError:
-        pass
+    for place in (_cache_folder, service.runtime_folder):
+        with contextlib.suppress(OSError):
+            kept = place() / "view"
+            files.make_private(kept)
+            if os.access(kept, os.W_OK):
+                return kept
     return Path(tempfile.mkdtemp(prefix="perco-view-"))
+
+
+def _cache_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("pillow-perco", appauthor=False))
 
 
 def decoded(file: Path, **options: object) -> Path:
@@ -49,7 +53,8 @@ def decoded(file: Path, **options: object) -> Path:
         _make_room(kept.parent)
         files.make_private(kept)
         files.write_beside(place, picture_files.picture_bytes(picture, "PNG"), mode=0o600, sync=False)
-    os.utime(kept)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(kept)
     return place
 
 
@@ -80,17 +85,25 @@ def open_in_viewer(picture: Path) -> None:
     opener = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
     if opener is None:
         raise OSError("there is no xdg-open here (package xdg-utils): perco view --terminal shows it in the terminal")
-    run = subprocess.run([opener, picture], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryFile() as errors:  # and no pipe, which would be open for as long as the viewer is
+        run = subprocess.run(
+            [opener, picture], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, check=False
+        )
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines() if run.returncode else []
     if run.returncode:
-        said = run.stderr.strip().splitlines()[-1:] or [f"it ended with {run.returncode}"]
+        said = lines[-1:] or [f"it ended with {run.returncode}"]
         raise OSError(f"{opener} opened no viewer ({said[0]}): perco view --terminal shows it in the terminal")
 
 
 def _make_room(kept: Path) -> None:
     """Removes the pictures that were shown longest ago, until KEPT_BYTES hold the rest."""
-    found = sorted((one for one in kept.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime, reverse=True)
+    found = []
+    for one in kept.iterdir():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may be clearing it
+            found.append((one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()), one))
     total = 0
-    for one in found:
-        total += sum(file.stat().st_size for file in one.iterdir())
+    for _, size, one in sorted(found, reverse=True):
+        total += size
         if total > KEPT_BYTES:
             shutil.rmtree(one, ignore_errors=True)

@@ -1,5 +1,6 @@
 """`perco desktop`: pictures in every file manager."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import click
 
-FILES = click.Path(exists=True, dir_okay=False, path_type=Path)
+from perco_engine.conversion import told
+
+FILES = click.Path(dir_okay=False, path_type=Path)  # one that is gone is told with others that fail
 
 
 @click.group()
@@ -50,6 +53,8 @@ def install(**where: Any) -> None:
     from .desktop import check, install
 
     place = place_for(**where)
+    if place.is_system:
+        os.umask(0o022)  # all users are to read it, whatever root keeps to itself
     for line in install.install(place):
         click.echo(line)
     for line in check.advice(place):
@@ -88,7 +93,7 @@ def thumbnails(folder: Path, recursive: bool, again: bool) -> None:
 
     failed = 0
     for one in fill(folder, recursive=recursive, again=again):
-        click.echo(f"{one.path}: {one.error or ('made' if one.made else 'there already')}", err=bool(one.error))
+        click.echo(f"{told(one.path)}: {one.error or ('made' if one.made else 'there already')}", err=bool(one.error))
         failed += bool(one.error)
     if failed:
         raise click.ClickException(f"{failed} files have got no thumbnails")

@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import click
 
 from perco_engine import service as warm
+from perco_engine.conversion import told
+from perco_engine.errors import PercoError
 from perco_engine.terminal import PROTOCOLS, Protocol
+
+from .desktop.menu import notify
 
 
 @click.command()
@@ -27,10 +32,15 @@ def view(
 
     from perco_engine import terminal, viewing
 
-    picture = viewing.decoded(file, steps=steps, seed=seed, model=model)
     if not (in_terminal or protocol or width):
-        viewing.open_in_viewer(picture)
+        try:
+            viewing.open_in_viewer(viewing.decoded(file, steps=steps, seed=seed, model=model))
+        except (OSError, PercoError) as error:
+            if not sys.stderr.isatty():  # a double-click, where nobody would see it
+                notify(f"{told(file.name)}: {error}")
+            raise
         return
+    picture = viewing.decoded(file, steps=steps, seed=seed, model=model)
     columns, rows = shutil.get_terminal_size()
     true_colour = os.environ.get("COLORTERM", "truecolor") in ("truecolor", "24bit")
     with Image.open(picture) as image:

@@ -1,10 +1,12 @@
 """Installing the desktop points, and taking them out: every other file stays as it was, byte for byte."""
 
 import json
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from perco_engine import get_engine
 from perco_engine.bitstream.header import MAGIC
 from pillow_perco.cli import main
-from pillow_perco.desktop import check, points, thunar
+from pillow_perco.desktop import check, install, points, system, thunar
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the desktop is that of freedesktop.org")
 
@@ -259,3 +261,66 @@ def test_the_menu_command_converts_beside(home: Path, photo: Image.Image, tmp_pa
     assert (tmp_path / "a b/1.png").read_bytes() == b"no picture"  # what is there is never replaced
     result = perco("convert", "--to", "webp", "--", tmp_path / "a b/1.png")
     assert result.exit_code == 1 and "1.png" in result.output
+
+
+def test_what_the_system_has_is_no_fault_of_the_user_s(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that is documented for Caja: for all, and then for oneself."""
+    monkeypatch.setattr(system, "install", lambda *_: iter(()))
+    list(install.install(points.system_place()))
+    perco("install")
+    ours = (home / ".local/share").rglob("*pillow*")
+    assert not any(path.suffix == ".thumbnailer" for path in ours)
+    lines = perco("status").output.splitlines()
+    assert any(line.startswith("desktop, this user") and "installed, " in line for line in lines), lines
+    assert not any(line.startswith("thumbnailer, this user") for line in lines)
+
+
+def test_a_program_s_path_is_told_as_it_is(home: Path) -> None:
+    place = replace(points.user_place(), thumbnailer=home / "bin" / "perco-thumbnailer")
+    text = points.files(place)[place.data / "thumbnailers/pillow-perco.thumbnailer"][0].decode()
+    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    assert lines["TryExec"] == f"{home}/bin/perco-thumbnailer"
+    assert shlex.split(lines["Exec"]) == [f"{home}/bin/perco-thumbnailer", "-s", "%s", "%i", "%o"]
+
+
+def test_a_user_makes_room_for_what_is_installed_for_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that is advised on GNOME: for oneself, for all, and once more for oneself."""
+    perco("install")
+    monkeypatch.setattr(system, "install", lambda *_: iter(()))
+    list(install.install(points.system_place()))
+    assert "once more" in "".join(check.advice(points.system_place()))
+    perco("install")
+    assert not list((home / ".local/share/nemo").rglob("*.nemo_action"))
+    assert not list((home / ".local/share/thumbnailers").glob("*"))
+    perco("uninstall")
+    assert snapshot(home) == {}
+
+
+def test_what_a_lost_manifest_knew_is_taken_out(home: Path) -> None:
+    perco("install")
+    (home / ".local/share/pillow-perco/desktop.json").unlink()
+    perco("install")
+    perco("uninstall")
+    assert [name for name, (_, data) in snapshot(home).items() if b"perco" in data.lower()] == []
+
+
+def test_a_menu_that_is_no_xml_any_more_keeps_nothing_else_from_being_taken_out(home: Path) -> None:
+    perco("install")
+    menu = home / ".config/Thunar/uca.xml"
+    menu.write_text("<actions>")
+    output = perco("uninstall").output
+    assert f"{menu} was changed since, and stays" in output
+    assert [name for name in snapshot(home) if (home / name).is_file()] == [".config/Thunar/uca.xml"]
+
+
+def test_a_package_holds_what_its_system_is_to_know(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "install", lambda *_: iter(()))
+    root = tmp_path / "root"
+    assert perco("install", "--system", "--prefix", "/usr", "--destdir", root).exit_code == 0
+    names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert "usr/share/mime/packages/pillow-perco.xml" in names
+    assert not {name for name in names if name.endswith(("mime.cache", "mimeinfo.cache", "globs2"))}
+    manifest = json.loads((root / "usr/lib/pillow-perco/desktop.json").read_text())
+    assert "/usr/share/mime/packages/pillow-perco.xml" in manifest["written"] and str(root) not in json.dumps(manifest)

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 import pillow_perco
 from perco_engine import service, terminal, viewing
+from pillow_perco import cli_view
 from pillow_perco.cli import main
 
 
@@ -151,3 +153,29 @@ def test_what_the_terminal_answers() -> None:
     assert terminal.by_answer(b"\x1b[?62;4;22c") == "sixel"
     assert terminal.by_answer(b"\x1b[?64;22c") == terminal.by_answer(b"") == "blocks"
     assert terminal.by_answer(b"\x1b[?4c") == "blocks"
+
+
+def test_the_viewer_is_not_waited_for(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gio open does: it ends, and what it has started has its pipes."""
+    fake_opener(tmp_path, 0, monkeypatch)
+    script = tmp_path / "bin" / "xdg-open"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/viewer\n")
+    viewing.open_in_viewer(tmp_path / "x.png")
+    viewer = int((tmp_path / "viewer").read_text())
+    os.kill(viewer, signal.SIGTERM)  # which raises where it is gone
+
+
+def test_a_double_click_that_fails_is_shown(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(cli_view, "notify", shown.append)
+    file.write_bytes(file.read_bytes()[:-3])
+    assert CliRunner().invoke(main, ["view", str(file)]).exit_code == 1
+    assert len(shown) == 1 and shown[0].startswith("a b#ü.perco: ")
+    assert CliRunner().invoke(main, ["view", str(file), "--terminal"]).exit_code == 1 and len(shown) == 1
+
+
+def test_without_a_cache_the_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(service, "runtime_folder", lambda: tmp_path / "run")
+    assert viewing.folder() == viewing.folder() == tmp_path / "run" / "view"

@@ -1,5 +1,6 @@
 """Whether each desktop point would really work, and the command that mends what would not."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -76,7 +77,11 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
     menu = install.thunar_file(place)
     changed = [path for path in map(Path, manifest.written) if path != menu and not manifest.is_ours(path)]
     current = points.files(place)
-    old = [path for path, (data, _) in current.items() if path not in changed and _read(path) != data]
+    old = [
+        path
+        for path, (data, _) in current.items()
+        if path not in changed and _read(path) != data and not install.is_left_to_system(path, place)
+    ]
     if changed:
         yield Finding(name, f"{len(changed)} files were changed or removed ({changed[0].name}, ...)", mend)
     elif old:
@@ -103,18 +108,31 @@ def _database(installed: list[Place]) -> Iterator[Finding]:
         yield Finding("MIME database", "does not know image/x-perco", mend)
 
 
+def _thumbnailer_file(place: Place) -> Path:
+    return place.data / "thumbnailers" / "pillow-perco.thumbnailer"
+
+
+def _is_left_to_system(place: Place) -> bool:
+    """Whether a user's installation has no thumbnailer of its own, since the system has one."""
+    with contextlib.suppress(ValueError):  # of a damaged manifest, which is told elsewhere
+        return not _thumbnailer_file(place).exists() and install.is_left_to_system(_thumbnailer_file(place), place)
+    return False
+
+
 def thumbnailer_of(place: Place) -> Path | None:
     """The helper that the installed .thumbnailer file names."""
-    text = _read(place.data / "thumbnailers" / "pillow-perco.thumbnailer")
+    text = _read(_thumbnailer_file(place))
     for line in (text or b"").decode(errors="replace").splitlines():
         if line.startswith("TryExec="):
-            return Path(line.removeprefix("TryExec=").strip("'"))
+            return Path(line.removeprefix("TryExec="))
     return None
 
 
 def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
     """Whether file managers can run the thumbnailer, GNOME's sandbox included."""
     for place in installed:
+        if _is_left_to_system(place):
+            continue
         helper = thumbnailer_of(place)
         mend = install_system() if place.is_system else INSTALL
         name = "thumbnailer, system" if place.is_system else "thumbnailer, this user"
@@ -127,7 +145,8 @@ def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
         elif not seen_by_sandbox(helper):
             on_gnome = "GNOME" in os.environ.get("XDG_CURRENT_DESKTOP", "").split(":")
             text = f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME"
-            yield Finding(name, text, install_system(), fault=on_gnome)
+            mend = INSTALL if points.system_place() in installed else install_system()
+            yield Finding(name, text, mend, fault=on_gnome)
         else:
             yield Finding(name, f"{helper} runs, in GNOME's sandbox too" + _sandboxed(helper))
 
@@ -183,6 +202,8 @@ def advice(place: Place) -> Iterator[str]:
     helper = thumbnailer_of(place)
     if helper is not None and helper.exists() and not seen_by_sandbox(helper):
         yield f"GNOME runs thumbnailers in a sandbox that does not see {helper}. For GNOME: {install_system()}"
+    if place.is_system:
+        yield "Whoever has installed it for themselves before: perco desktop install once more, which makes room."
     yield "Open file managers once more, so that they read this (nautilus -q; thunar -q; nemo -q; caja -q)."
 
 

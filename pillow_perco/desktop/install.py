@@ -24,16 +24,17 @@ def install(place: Place) -> Iterator[str]:
 
     Raises OSError where something cannot be written, ValueError where a file of the user's cannot be merged into.
     """
-    manifest = Manifest.read(place.manifest)
+    manifest = Manifest.read(place.manifest, place.root)
     manifest.version = __version__
     manifest.make_folder(place.state)
     if place.is_system:
         yield from system.install(place, manifest)
     for path, (data, mode) in points.files(place).items():
-        if not place.is_system and str(path) not in manifest.written and _is_for_all(path, place):
+        if is_left_to_system(path, place):
+            if manifest.name(path) in manifest.written and manifest.take_out(path):
+                manifest.forget(path)
             continue
-        before = manifest.original(path) if str(path) in manifest.written else content(path)
-        manifest.put(path, data, mode, before)
+        manifest.put(path, data, mode, manifest.before_ours(path, data))
         yield f"{path}"
     yield from _merge_thunar(place, manifest)
     yield from _refresh(place, manifest)
@@ -49,15 +50,14 @@ def uninstall(place: Place) -> Iterator[str]:
     if not place.manifest.exists():
         yield "nothing is installed"
         return
-    manifest = Manifest.read(place.manifest)
+    manifest = Manifest.read(place.manifest, place.root)
     menu = thunar_file(place)
     for name in sorted(manifest.written):
-        path = Path(name)
+        path = manifest.place(name)
         if manifest.take_out(path):
             _remove_compiled(path)
             yield f"{path}"
-        elif path == menu:
-            text = thunar.without_actions(path.read_text(encoding="utf-8"))
+        elif path == menu and (text := _without_our_actions(path)) is not None:
             write_beside(path, text.encode(), mode=path.stat().st_mode & 0o7777)
             yield f"{path}: our actions"
         else:
@@ -66,12 +66,20 @@ def uninstall(place: Place) -> Iterator[str]:
         yield from system.uninstall(place)
     manifest.path.unlink(missing_ok=True)
     _run_databases(place)
-    for name in manifest.databases:
-        if not _others(Path(name), place):
-            Path(name).unlink(missing_ok=True)
-            _remove_if_empty(Path(name).parent)
-    for name in reversed(manifest.folders):
-        _remove_if_empty(Path(name))
+    for database in map(manifest.place, manifest.databases):
+        if not _others(database, place):
+            database.unlink(missing_ok=True)
+            _remove_if_empty(database.parent)
+    for folder in map(manifest.place, reversed(manifest.folders)):
+        _remove_if_empty(folder)
+
+
+def _without_our_actions(menu: Path) -> str | None:
+    """Thunar's file as the user has it; None where it is none, and stays."""
+    try:
+        return thunar.without_actions(menu.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _remove_compiled(path: Path) -> None:
@@ -87,8 +95,10 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _is_for_all(path: Path, place: Place) -> bool:
-    """Whether a system-wide installation has this file already: two of them would make two menu entries."""
+def is_left_to_system(path: Path, place: Place) -> bool:
+    """Whether a system-wide installation has a user's file already: two of them would make two menu entries."""
+    if place.is_system or not path.is_relative_to(place.data):
+        return False
     system_place = points.system_place()
     twin = system_place.data / path.relative_to(place.data)
     return str(twin) in Manifest.read(system_place.manifest).written and twin.exists()
@@ -109,7 +119,7 @@ def _merge_thunar(place: Place, manifest: Manifest) -> Iterator[str]:
     base = was or content(Path("/etc/xdg/Thunar/uca.xml")) or thunar.EMPTY.encode()
     try:
         merged = thunar.with_actions(base.decode(), points.thunar_actions(place)).encode()
-        if merged != was:
+        if merged != was or manifest.name(path) not in manifest.written:  # whose manifest may be lost
             if manifest.is_ours(path):
                 before = manifest.original(path)
             else:
@@ -124,7 +134,7 @@ def _refresh(place: Place, manifest: Manifest) -> Iterator[str]:
     """Refreshes the databases, and remembers which files that made."""
     before = set(_database_files(place))
     missing = _run_databases(place)
-    new = [str(path) for path in _database_files(place) if path not in before]
+    new = [manifest.name(path) for path in _database_files(place) if path not in before]
     manifest.databases = sorted({*manifest.databases, *new})
     for command in missing:
         package = "shared-mime-info" if command == MIME_DATABASE else "desktop-file-utils"
@@ -132,8 +142,10 @@ def _refresh(place: Place, manifest: Manifest) -> Iterator[str]:
 
 
 def _run_databases(place: Place) -> list[str]:
-    """Runs the refreshing commands; returns those that this machine lacks."""
-    missing = []
+    """Runs the refreshing commands; returns those that this machine lacks.  Not in a package: each system runs them."""
+    missing: list[str] = []
+    if place.root != Path("/"):
+        return missing
     for command, folder in ((MIME_DATABASE, place.data / "mime"), (DESKTOP_DATABASE, place.data / "applications")):
         if not folder.is_dir() or (command == MIME_DATABASE and not (folder / "packages").is_dir()):
             continue

@@ -1,5 +1,6 @@
 """What the menu entries run: `perco convert`, each file to its own folder, and a notice where nobody sees stderr."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[
     """Converts files, those of one folder together; yields what went wrong."""
     absolute = sorted(file.absolute() for file in files)
     for folder, members in groupby(absolute, key=lambda file: file.parent):
-        command = [sys.executable, "-m", "pillow_perco.cli", "convert", "--quiet", "--skip-existing", "--to", to]
+        command = [sys.executable, "-m", "pillow_perco.cli", "convert", "--skip-existing", "--to", to]
         command += ["--bpp", bpp] if bpp else []
         run = subprocess.run(
             [*command, "--", *map(str, members), str(folder)], capture_output=True, text=True, check=False
@@ -21,6 +22,8 @@ def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[
             text = run.stderr.strip() or f"perco convert ended with status {run.returncode}"
             notify(text)
             yield text
+        elif skipped := re.search(r"(\d+) skipped", run.stdout):
+            notify(f"{skipped[1]} of the files to write are there already, and stay as they are")
 
 
 def notify(text: str) -> None:

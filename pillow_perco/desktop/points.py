@@ -33,6 +33,7 @@ class Place:
 
     data: of applications, as XDG_DATA_HOME.  config: as XDG_CONFIG_HOME.  state: the folder of the manifest.
     perco: the command line that the menus run.  thumbnailer: the path of perco-thumbnailer, as file managers see it.
+    root: what stands for / while a package is built.
     """
 
     data: Path
@@ -41,6 +42,7 @@ class Place:
     perco: tuple[str, ...]
     thumbnailer: Path
     is_system: bool = False
+    root: Path = Path("/")
 
     @property
     def manifest(self) -> Path:
@@ -66,7 +68,8 @@ def system_place(prefix: Path | None = None, destination: Path | None = None) ->
     inside = root / prefix.relative_to("/")
     helper = prefix / "bin" / "perco-thumbnailer"
     state = inside / "lib" / "pillow-perco"
-    return Place(inside / "share", root / "etc" / "xdg", state, (str(script("perco")),), helper, is_system=True)
+    perco = (str(script("perco")),)
+    return Place(inside / "share", root / "etc" / "xdg", state, perco, helper, is_system=True, root=root)
 
 
 def _xdg(variable: str, default: str) -> Path:
@@ -95,6 +98,7 @@ def files(place: Place) -> dict[Path, tuple[bytes, int]]:
         "PERCO_FILE": place.perco[0],
         "PERCO_ARGUMENTS": json.dumps(place.perco),
         "RATES": json.dumps([(f"{label.capitalize()} ({bpp} bits a pixel)", bpp) for label, bpp in RATES]),
+        "THUMBNAILER_FILE": str(place.thumbnailer),
         "THUMBNAILER": shlex.quote(str(place.thumbnailer)),
         "ACTION_NAMES": "".join(f"{label};" for label, _ in RATES),
         "ACTIONS": "".join(

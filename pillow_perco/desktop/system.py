@@ -27,7 +27,7 @@ from perco_engine.errors import PercoError
 from perco_engine.preview import COLOURS
 from perco_engine.store import checkpoint
 
-from .manifest import Manifest, content
+from .manifest import Manifest
 from .points import Place
 
 PACKAGES = ("numpy", "pillow", "safetensors", "brotli", "platformdirs")
@@ -99,8 +99,7 @@ def install(place: Place, manifest: Manifest) -> Iterator[str]:
         f"from perco_engine.thumbnailer import main\n\n"
         f"sys.exit(main())\n"
     ).encode()
-    before = manifest.original(wrapper) if str(wrapper) in manifest.written else content(wrapper)
-    manifest.put(wrapper, text, 0o755, before)
+    manifest.put(wrapper, text, 0o755, manifest.before_ours(wrapper, text))
     yield f"{wrapper}"
 
 
