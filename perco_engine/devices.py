@@ -88,7 +88,8 @@ class WeightsCache:
         with loading:
             with self._lock:
                 found: Any = self._models.get(key)
-            model: T = load() if found is None else found
+            with torch.inference_mode(False):  # of weights that were loaded in it no gradient could ever be had
+                model: T = load() if found is None else found
             with self._lock:
                 self._models[key] = model
                 self._models.move_to_end(key)

@@ -64,10 +64,9 @@ def _searched(engine: "Engine", codes: Codes, image: Image.Image, effort: int | 
     steps = usual_steps(engine.pipeline, level, *image.size) if effort is None else effort
     if not steps:
         return
-    photo = engine.pipeline.pad(pixels.to_tensor([pixels.to_rgb(image)]))
-    found = search(engine.pipeline, engine.prior, photo, level, codes.caption, steps)
+    found = search(engine.pipeline, engine.prior, pixels.to_tensor([pixels.to_rgb(image)]), level, codes.caption, steps)
     while True:
-        with engine.at_work("encode", 1, image.size):
+        with engine.at_work("encode", 1, image.size), torch.inference_mode(False):  # in which nothing has a gradient
             grids = next(found, None)
         if grids is None:
             return

@@ -112,6 +112,10 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
     else:
         if not list(path.glob("*.safetensors")):
             raise InvalidModel(f"{path} has no weights in safetensors; pickled weights (.bin, .pt) are not opened")
+        for index in path.glob("*.safetensors.index.json"):  # the libraries open whatever it names
+            named = read_json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(str(one).endswith(".safetensors") for one in named.values()):
+                raise InvalidModel(f"{index} names weights that are not in safetensors, which are not opened")
         options = {"use_safetensors": True, "output_loading_info": True}
         if name == "text_encoder":
             options["dtype"] = torch_dtype

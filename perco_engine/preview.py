@@ -20,7 +20,7 @@ from PIL import Image
 from . import bitstream, weights
 from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
-from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
+from .errors import InvalidModel, LimitExceeded, PreviewUnavailable, UnsupportedRatePoint
 from .opacity import opacity
 from .preview_networks import PATCH, PreviewNetworks
 from .rates import Grid, RatePoint, ladder
@@ -66,11 +66,21 @@ class Previewer:
             points = (RatePoint(round(grid.bits_per_pixel, 4), (grid,)),)
             self.colours = _read_colours(model.folder, grid.codebook_size)
         self._prior = Prior.load(model.folder)
+        self._model = model
         spec = weights.registered(model.registry_id)
         self.rate_points = spec.rate_points if spec else tuple(points)
 
     def codes(self, data: bytes, *, grids: int | None = None, allow_truncated: bool = False) -> Codes:
-        """What a file of this model says; see bitstream.unpack and unpack_partial."""
+        """What a file of this model says; see bitstream.unpack and unpack_partial.
+
+        Raises UnsupportedRatePoint where it is of another rate than its weights.
+        """
+        rate_point = bitstream.read_header(data, allow_truncated=allow_truncated).rate_point
+        if self._model.rate_point not in (None, rate_point):
+            raise UnsupportedRatePoint(
+                f"the file is of rate point {rate_point}, and the weights that it names, {self._model.name!r}, are of "
+                f"{self._model.rate_point}: the file is damaged"
+            )
         if allow_truncated:
             return bitstream.unpack_partial(data, self.rate_points, prior=self._prior)
         return bitstream.unpack(data, self.rate_points, prior=self._prior, grids=grids)

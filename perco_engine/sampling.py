@@ -89,7 +89,7 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | Sequence[tor
     generator: one for the whole batch, or one for each of its entries.  Raises ValueError for another number of them.
     """
     if generator is None or isinstance(generator, torch.Generator):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} pictures")
-    return torch.cat([torch.randn((1, *shape[1:]), generator=one) for one in generator])
+    return torch.cat([draw_noise((1, *shape[1:]), one) for one in generator])

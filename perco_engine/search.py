@@ -74,7 +74,7 @@ def search(
     """The indices of a picture that so many steps find, first to last for each of THRIFTS.
 
     They are grids (1, rows, columns) int64, coarse to fine.
-    photo: (1, 3, h, w) in -1..1, h and w multiples of 8.  level: the rate point.  prior: as `choose` takes it.
+    photo: (1, 3, h, w) in -1..1.  level: the rate point.  prior: as `choose` takes it.
     caption: what the decoder is going to be told.  steps: 1..MOST_STEPS, each a decode and the way back through it.
 
     Raises ValueError for a model without a ladder.
@@ -84,7 +84,8 @@ def search(
         raise ValueError("effort is for models with a ladder of codes, such as the embedded one: leave it out")
     device = pipeline._execution_device
     distance = lite0(device)
-    photo, latents = photo.to(device), pipeline.encode_latents(photo).to(device, ladder.dtype)
+    photo = pipeline.pad(photo.to(device).clone())  # of our own, whatever mode the caller's tensors were made in
+    latents = pipeline.encode_latents(photo).to(device, ladder.dtype)
     text = None if pipeline.text_encoder is None else pipeline.encode_prompt([caption])
     rungs = ladder.levels[: level + 1]
     rows, columns = latents.shape[-2:]

@@ -212,7 +212,7 @@ def _remember(model: Model) -> Model:
 
 def _recall(mark: bytes) -> Model | None:
     """A model outside of the registry that this process has used, whose fingerprint begins so and is still the same."""
-    for model in _seen.values():
+    for model in tuple(_seen.values()):  # other threads may add to them
         if model.fingerprint.startswith(mark) and fingerprint(model.folder) == model.fingerprint:
             return model
     return None
@@ -240,7 +240,7 @@ def find_for_file(reference: ModelReference, rate_point: int | None = None) -> M
         if checkpoint.fingerprint == mark:
             return _remember(Model(checkpoint.name, checkpoint.folder, 0, mark))
     for index in sorted(models_folder().glob("*/model_index.json")):
-        if fingerprint(index.parent) == mark:
+        if not (index.parent / RECORD).is_file() and fingerprint(index.parent) == mark:
             return _remember(Model(index.parent.name, index.parent, 0, mark))
     raise ModelUnavailable(
         f"the file needs an unregistered model with fingerprint {mark.hex()}: name its folder as the model, "
@@ -257,10 +257,11 @@ def _find_in_family(spec: ModelSpec, mark: bytes, rate_point: int | None) -> Mod
     for model in found:
         if model.fingerprint == mark:
             return model
-    if rate_point is not None and (seen := _recall(mark)):  # its rate is looked at when it is loaded
-        return Model(seen.name, seen.folder, spec.registry_id, mark, rate_point)
-    known = rate_point is not None and rate_point < len(spec.rate_points)
-    rate = f" at {spec.rate_points[rate_point].bpp} bpp" if known and rate_point is not None else ""
+    rate = ""
+    if rate_point is not None and rate_point < len(spec.rate_points):
+        if seen := _recall(mark):  # its rate is looked at when it is loaded
+            return Model(seen.name, seen.folder, spec.registry_id, mark, rate_point)
+        rate = f" at {spec.rate_points[rate_point].bpp} bpp"
     needed = f"the file needs {spec.name}{rate} (weights {mark.hex()})"
     others = [model for model in found if rate_point is not None and model.rate_point == rate_point]
     if others:

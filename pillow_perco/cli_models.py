@@ -80,13 +80,25 @@ def pull(repository: str, **options: Any) -> None:
 
 def tell(checkpoint: Any) -> None:
     """What was installed, and how to use it."""
-    use = f"--model {checkpoint.family} --bpp {checkpoint.bpp}" if checkpoint.family else f"--model {checkpoint.name}"
+    use = f"--model {checkpoint.name}"
+    if checkpoint.family and _is_chosen(checkpoint):
+        use = f"--model {checkpoint.family} --bpp {checkpoint.bpp}"
     revision = f" at revision {checkpoint.revision}" if checkpoint.revision else ""
     click.echo(f"{checkpoint.name}: installed from {checkpoint.source}{revision}")
     click.echo(f"weights {checkpoint.fingerprint.hex()}, {checkpoint.size_bytes / 1e6:.1f} MB in {checkpoint.folder}")
     if checkpoint.base:
         click.echo(f"missing components from {checkpoint.base}")
     click.echo(f"use it with: perco encode PHOTO FILE.perco {use}")
+
+
+def _is_chosen(checkpoint: Any) -> bool:
+    """Whether a family's checkpoint is the one that its rate stands for: several of one rate may be installed."""
+    from perco_engine import weights
+
+    family = weights.named(checkpoint.family)
+    assert family is not None
+    point = next(point for point in family.rate_points if point.bpp == checkpoint.bpp)
+    return bool(weights.checkpoint(family, point).name == checkpoint.name)
 
 
 @models.command()

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from perco_engine import sampling
 from perco_engine.errors import InvalidModel, ModelUnavailable, NotFinite
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
@@ -383,7 +384,7 @@ def test_large_pictures_go_in_tiles_that_stay_in_their_places(
     monkeypatch.setattr(published, "overlap_latents", 8)
     generators = [generator(1), generator(2)]
     tiled = published.decode_indices(indices, 96, 224, prompt=prompts, generator=generators, **options)
-    monkeypatch.setattr("perco_engine.pipeline.LATENTS_AT_ONCE", 1)  # one tile at a time
+    monkeypatch.setattr("perco_engine.sampling.LATENTS_AT_ONCE", 1)  # one tile at a time
     for k in range(2):
         alone = published.decode_indices(
             [indices[0][k : k + 1]], 96, 224, prompt=prompts[k], generator=generator(k + 1), **options
@@ -456,3 +457,15 @@ def test_numbers_that_are_none_are_told(published: PercoPipeline, folder: Path) 
     pipeline.vae.to(torch.bfloat16).quant_conv.bias.data[0] = float("nan")
     with pytest.raises(NotFinite, match=r"encoder went out .* take dtype=torch\.float32, or install"):
         pipeline.encode_image(picture(64, 64))
+
+
+def test_noise_is_what_it_is_whatever_torch_s_defaults_are() -> None:
+    expected = sampling.draw_noise((2, 3), torch.Generator().manual_seed(7))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = sampling.draw_noise((2, 3), torch.Generator().manual_seed(7))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

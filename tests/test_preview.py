@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 import pillow_perco  # noqa: F401
 from perco_engine import get_engine, preview, weights
-from perco_engine.errors import BitstreamError, LimitExceeded, PreviewUnavailable
+from perco_engine.errors import BitstreamError, LimitExceeded, PreviewUnavailable, UnsupportedRatePoint
 from perco_engine.model_folder import load_component
 from perco_engine.store import install, preview_colours
 
@@ -153,3 +154,11 @@ def test_the_fit_finds_an_affine_map() -> None:
     x = torch.randn(500, 3, generator=torch.Generator().manual_seed(1))
     fitted = preview_colours.least_squares(x, 2 * x[:, :2] + 5)
     assert torch.allclose(fitted(torch.tensor([[1.0, -1.0, 9.0]])), torch.tensor([[7.0, 3.0]]), atol=0.03)
+
+
+def test_a_file_of_another_rate_than_its_weights(photo: Image.Image, tmp_path: Path) -> None:
+    model = replace(weights.find("embedded"), rate_point=1)
+    data = get_engine().encode(photo, bpp=0.03)
+    with pytest.raises(UnsupportedRatePoint, match="rate point 2, and the weights that it names"):
+        preview.Previewer(model).codes(data)
+    assert preview.Previewer(replace(model, rate_point=2)).codes(data).rate_point == 2

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import PHOTO
 from PIL import Image
 
 import pillow_perco
-from perco_engine import get_engine, search
+from perco_engine import devices, get_engine, search
 from perco_engine.devices import half_precision
 from perco_engine.engine import Engine
 from perco_engine.models.perceptual import FeatureDistance
@@ -196,3 +197,14 @@ def test_on_the_command_line(photo: Image.Image, tmp_path: Path) -> None:
         assert Path(command[2]).read_bytes() == searched
     pillow_perco.save(photo, tmp_path / "c.perco", bpp=0.008, effort=2)
     assert (tmp_path / "c.perco").read_bytes() == searched
+
+
+def test_a_search_in_inference_mode() -> None:
+    """Where nothing has a gradient, and where what is loaded keeps that for ever."""
+    with Image.open(PHOTO) as opened:
+        image = opened.convert("RGB").resize((96, 64))
+    expected = get_engine().encode(image, bpp=0.008, effort=1)
+    devices.cache.clear()
+    with torch.inference_mode():
+        assert get_engine().encode(image, bpp=0.008, effort=1) == expected
+    assert get_engine().encode(image, bpp=0.008, effort=1) == expected

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import loopback_hub
 import pytest
@@ -30,8 +33,9 @@ from perco_engine.errors import BudgetTooSmall, InvalidModel, ModelUnavailable, 
 from perco_engine.family import FamilyEngine
 from perco_engine.models.hyper_encoder import ElicHyperEncoder
 from perco_engine.models.unet import UNet2DConditionModel
-from perco_engine.store import check, install, inventory
-from perco_engine.store.component_files import convert_pickle
+from perco_engine.pipeline import PercoPipeline
+from perco_engine.store import check, install, inventory, resume
+from perco_engine.store.component_files import convert_pickle, is_there
 from pillow_perco.cli import main
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
@@ -931,3 +935,63 @@ def test_a_prior_comes_along(store: Path, tiny_model: Path, tmp_path: Path) -> N
     (folder / PRIOR_FILE).write_bytes(b"{")
     with pytest.raises(InvalidModel, match=f"cannot read {folder / PRIOR_FILE}"):
         install.import_folder(folder, name="other")
+
+
+def test_two_processes_fetch_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import file_download
+
+    data, calls = b"w" * 5000, []
+
+    def get(url: str, file: BinaryIO, **options: Any) -> None:
+        calls.append(options["resume_size"])
+        for part in range(0, len(data), 1000):
+            file.write(data[part : part + 1000])
+            file.flush()
+            time.sleep(0.02)
+
+    monkeypatch.setattr(file_download, "http_get", get)
+    monkeypatch.setenv("PERCO_HOME", str(tmp_path / "home"))
+    sha, target = hashlib.sha256(data).hexdigest(), tmp_path / "blobs" / "file"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: resume._fetch("https://x", "file", sha, len(data), target), range(3)))
+    assert calls == [0] and target.read_bytes() == data
+
+
+def test_installed_models_are_not_read_for_a_file_of_another_one(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_seen", {})
+    monkeypatch.setattr(weights, "fingerprint", lambda folder: pytest.fail(f"{folder} was read"))
+    with pytest.raises(ModelUnavailable, match="unregistered model with fingerprint 6161"):
+        weights.find_for_file(ModelReference(0, b"aaaaaaaa"))
+
+
+def test_a_pickle_of_one_tensor_under_many_names(tmp_path: Path) -> None:
+    one = torch.zeros(1000)
+    torch.save({f"w{number}": one for number in range(100)}, tmp_path / "x.bin")
+    with pytest.raises(InvalidModel, match="the same numbers under many names"):
+        convert_pickle(tmp_path / "x.bin", tmp_path / "x.safetensors")
+
+
+def test_an_index_that_names_pickles(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources["low"], tmp_path / "mixed"))
+    index = folder / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "x.bin"}}))
+    with pytest.raises(InvalidModel, match="names weights that are not in safetensors"):
+        PercoPipeline.from_pretrained(folder)
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "x.bin")
+    with pytest.raises(InvalidModel, match=r"x\.bin, which is of another kind"):
+        is_there(folder, "unet")
+
+
+def test_a_tokenizer_of_longer_captions_than_its_text_encoder(
+    store: Path, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sources["low"], tmp_path / "long"))
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 1000}))
+    result = perco("models", "import", folder)
+    assert result.exit_code == 1 and "gives up to 1000 tokens, text_encoder takes" in result.output
+
+
+def test_a_second_checkpoint_of_a_rate_is_named(store: Path, sources: dict[str, Path]) -> None:
+    assert "--model perco-sd --bpp" in perco("models", "import", sources["low"]).output
+    assert "--model zzz" in perco("models", "import", sources["other"], "--name", "zzz").output

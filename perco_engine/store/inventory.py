@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,9 @@ def staging() -> Iterator[Path]:
     parent = weights.home() / "importing"
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.iterdir():
-        if left.stat().st_mtime < time.time() - _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may be at it
+            if left.stat().st_mtime < time.time() - _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
         inner = folder / "model"  # with the permissions that the user's folders have, which mkdtemp's has not
