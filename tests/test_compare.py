@@ -114,3 +114,12 @@ def test_what_is_no_photo_is_told_before_anything_is_done(tmp_path: Path, paths:
     with pytest.raises(ValueError, match="'gif' is none of jpeg"):
         compare.compare(paths, tmp_path / "page.html", compare.Settings(formats=("gif",)))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_by_any_metric_into_a_new_folder(paths: list[Path], tiny_model: Path, tmp_path: Path) -> None:
+    options = ["--model", tiny_model, "--bpp", 1, "--against", "jpeg", "--metrics", "psnr", "--by", "ms_ssim"]
+    out = tmp_path / "pages" / "page.html"
+    told = CliRunner().invoke(main, ["compare", *map(str, [paths[1], "--out", out, *options])])
+    assert told.exit_code == 0 and "by MS-SSIM" in out.read_text(encoding="utf-8")
+    told = CliRunner().invoke(main, ["compare", *map(str, [paths[0], "--out", out, *options])])  # 192x128
+    assert told.exit_code == 1 and "not defined below 161 pixels" in told.output

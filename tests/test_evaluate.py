@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -316,3 +317,32 @@ def test_the_feature_distance_is_the_one_of_its_definition(photo: Image.Image) -
             for a, b in zip(network.features(x), network.features(y), strict=True)
         )
     assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_photos_whose_captions_cannot_be_read_are_left_out(settings: Settings) -> None:
+    (settings.folder / "a.txt").write_bytes("Käuzchen".encode("latin-1"))
+    run = evaluate(settings)
+    assert [photo.name for photo in run.photos] == ["more/b.png"]
+    assert "a.txt is not in UTF-8" in run.skipped["a.png"]
+
+
+def test_photos_of_any_name(settings: Settings) -> None:
+    (settings.folder / "a.png").rename(settings.folder / os.fsdecode(b"caf\xe9.png"))
+    run = evaluate(settings)
+    assert [photo.name for photo in run.photos] == ["caf\udce9.png", "more/b.png"]
+    assert evaluate(settings).line(run.photos[0], 0.0039, 0)["bytes"]["total"] == 33
+
+
+def test_what_photos_carry_beside_their_pixels_is_left_out(photo: Image.Image, tmp_path: Path) -> None:
+    """A colour that is transparent, and blocks that classical files would carry along."""
+    exif = Image.Exif()
+    exif[0x010E] = "a barn owl"
+    photo.save(tmp_path / "a.png", transparency=photo.getpixel((5, 5)), exif=exif)
+    (found,) = find_photos(tmp_path, tmp_path / "out")
+    image = found.read()
+    assert (image.mode, image.info, dict(image.getexif())) == ("RGB", {}, {})
+
+
+def test_summaries_of_photos_of_any_name(settings: Settings) -> None:
+    (settings.folder / "broken.jpg").rename(settings.folder / os.fsdecode(b"caf\xe9.jpg"))
+    assert "- caf\\xe9.jpg: " in report.write(evaluate(settings))

@@ -107,7 +107,7 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
             sizes = {kind: len(data) for kind, data in files.items()}
             found.append(Found(photo.name, point.bpp, captions, sizes, values))
         tell(f"{photo.name}: {right}; not {other}")
-    lines = "".join(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in found)
+    lines = "".join(json.dumps(vars(one)) + "\n" for one in found)
     write_result(settings.out / "captions.jsonl", lines.encode())
     return found
 

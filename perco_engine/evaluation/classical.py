@@ -41,6 +41,11 @@ class Codec:
         """Those of SCALES that are tried."""
         return tuple(scale for scale in SCALES if scale <= self.largest_scale)
 
+    @property
+    def told(self) -> str:
+        """Its options, as they stand after a version."""
+        return "".join(f", {name}={value}" for name, value in self.options.items() if name != "format")
+
     def encode(self, picture: Image.Image, scale: float, quality: int) -> bytes:
         """The file of an RGB picture at 1/scale of its size."""
         if scale > 1:
@@ -56,7 +61,7 @@ CODECS = {
     for codec in (
         Codec("jpeg", "JPEG", 1, {"format": "JPEG", "optimize": True}),
         Codec("webp", "WebP", 0, {"format": "WEBP", "method": 6}),
-        Codec("avif", "AVIF", 0, {"format": "AVIF", "speed": 6}, 12),
+        Codec("avif", "AVIF", 0, {"format": "AVIF", "speed": 6, "autotiling": False}, 12),  # tiles cost bytes
         Codec("jxl", "JPEG XL", 0, {"format": "JXL", "effort": 7}),
     )
 }
@@ -79,20 +84,20 @@ class Candidate:
 
 
 def available(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The versions of the codecs of these names that this machine has, and of the others why it has not."""
+    """The codecs of these names that this machine has, as version and options, and of the others why it has not."""
     found, missing = {}, {}
     for name in names:
         if name == "jxl":
             try:
                 importlib.import_module("pillow_jxl")  # registers the format
-                found[name] = metadata.version("pillow-jxl-plugin")
+                found[name] = metadata.version("pillow-jxl-plugin") + CODECS[name].told
             except ImportError as error:
                 missing[name] = f"not available ({error}): pip install pillow-jxl-plugin"
             continue
         library = "jpg" if name == "jpeg" else name
         told = features.version(library) if features.check(library) else None
         if told:
-            found[name] = told
+            found[name] = told + CODECS[name].told
         else:
             missing[name] = f"not available (this Pillow is built without {CODECS[name].title})"
     return found, missing

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from .. import files
+from .. import conversion, files
 from ..engine import get_engine
 from ..errors import EvaluationError
 from ..rates import nearest
@@ -84,15 +84,21 @@ def compare(
     Raises EvaluationError (a photo cannot be read), ModelUnavailable, InvalidModel, ValueError (unknown names).
     """
     settings = settings or Settings()
-    metrics.check_names(settings.names, METRICS)
+    names = tuple(dict.fromkeys((*settings.names, *([settings.by] if settings.by else []))))
+    metrics.check_names(names, METRICS)
     metrics.check_names(settings.formats, classical.CODECS)
     photos = [_read(path, settings.max_size_px) for path in paths]
+    smallest = min(min(image.size) for _, image, _ in photos)
+    out.parent.mkdir(parents=True, exist_ok=True)
     engine = get_engine(settings.model)
-    judges, missing = metrics.load(settings.names, engine.device)
+    judges, missing = metrics.load(names, engine.device)
     versions, without = classical.available(settings.formats)
-    by = settings.by or next((name for name in CHOOSE_BY if name in judges), None)
-    if by not in judges:
-        reason = missing.get(by, "it is not among the metrics") if by else "none is measured"
+    able = [name for name in judges if METRICS[name].least_side_px <= smallest]
+    by = settings.by or next((name for name in CHOOSE_BY if name in able), None)
+    if by not in able:
+        reason = "none is measured"
+        if by:
+            reason = missing.get(by, f"it is not defined below {METRICS[by].least_side_px} pixels")
         raise ValueError(f"classical files cannot be chosen by {by}: {reason}; name another one with --by")
     points = engine.rate_points
     chosen = [points[k] for k in sorted({nearest(points, bpp) for bpp in settings.bpp} or range(len(points)))]
@@ -206,7 +212,7 @@ def _section(one: Comparison, number: int, names: Sequence[str]) -> Iterator[str
         figures.append("</div>")
     right = f"p{number}-{len(one.rows) // 2}-0"
     yield f'<section style="--width: {max(width, 320)}px; --ratio: {width}/{height}">'
-    yield f"<h2>{escape(one.name)} <span class=faint>{escape(one.original.note)}</span></h2>"
+    yield f"<h2>{escape(conversion.told(one.name))} <span class=faint>{escape(one.original.note)}</span></h2>"
     yield "<div class=viewer>"
     yield (
         f'<div class=stage style="aspect-ratio: {width}/{height}"><img class=right alt=""><img class=left alt="">'

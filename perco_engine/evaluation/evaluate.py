@@ -159,7 +159,7 @@ def _open(settings: Settings) -> Run:
     chosen = sorted({rates.nearest(points, bpp) for bpp in settings.bpp} or range(len(points)))
     described = {
         "model": settings.model,
-        "weights": weights.fingerprint(weights.find(settings.model).folder).hex(),
+        "weights": _fingerprint(settings.model),
         "captioner": settings.captioner,
         "effort": settings.effort,
         "device": engine.device.type,
@@ -180,6 +180,13 @@ def _open(settings: Settings) -> Run:
         codecs,
         missing | without,
     )
+
+
+def _fingerprint(model: str) -> str:
+    """Of the weights that are evaluated; of a family, of all its checkpoints."""
+    spec = weights.named(model)
+    found = weights.checkpoints(spec) if spec is not None and spec.is_family else [weights.find(model)]
+    return "+".join(weights.fingerprint(one.folder).hex() for one in found)
 
 
 def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
@@ -228,7 +235,8 @@ def _code(
     """Encodes a photo at one rate, decodes it with each number of steps, and writes down what there is to say."""
     out = run.settings.out
     if not run.warm:  # what the first call of a network allocates or compiles is no photo's time
-        run.engine.decode(run.engine.encode(image, bpp=point.bpp, caption=caption, effort=0), steps=all_steps[0])
+        warming = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
+        run.engine.decode(warming, steps=all_steps[0])
         run.warm = True
     start = time.perf_counter()
     data = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)

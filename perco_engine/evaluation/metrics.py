@@ -144,11 +144,11 @@ METRICS = {
         ),
         Metric(
             "lite0", "Lite0 distance", False, LITE_WHAT.format("Lite0") + "; the embedded model was trained with it",
-            LITE.format("lite0"), _features("lite0"), decimals=3,
+            LITE.format("lite0"), _features("lite0"), decimals=3, least_side_px=32,
         ),
         Metric(
             "lite2", "Lite2 distance", False, LITE_WHAT.format("Lite2") + "; nothing was trained with it",
-            LITE.format("lite2"), _features("lite2"), decimals=3,
+            LITE.format("lite2"), _features("lite2"), decimals=3, least_side_px=32,
         ),
         Metric(
             "lpips", "LPIPS", False, "version 0.1, AlexNet (package lpips)", "lpips torchvision", _lpips,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import conversion
 from . import classical, classical_search, metrics
 from .metrics import METRICS, check_names
 from .photo_folder import UNREADABLE, find_photos
@@ -131,7 +132,7 @@ def tabulate(
         try:
             width, height = photo.read().size
         except UNREADABLE as error:
-            skipped[photo.name] = f"left out, cannot be read: {error}"
+            skipped[conversion.told(photo.name)] = f"left out, cannot be read: {error}"
             continue
         budgets = [int(bpp * width * height / 8) for bpp in bpps]
         tasks.append(classical_search.Task(photo, kept, versions, budgets, tuple(judges), device))

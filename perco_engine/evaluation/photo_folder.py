@@ -9,6 +9,7 @@ from PIL import Image
 
 from .. import pixels
 from ..errors import EvaluationError
+from ..picture_files import sidecar_caption
 
 MOST_SIDE_PX = 65535
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -20,7 +21,7 @@ class Photo:
     """A photo of the folder.
 
     name: its path in the folder.  place: the same without the suffix, unless another photo has the same without it.
-    sidecar: the caption in the .txt file beside it, or None.
+    sidecar: the caption in the .txt file beside it, or None.  problem: why the one or the other cannot be read, or "".
     """
 
     path: Path
@@ -28,11 +29,15 @@ class Photo:
     place: str
     sha256: str
     sidecar: str | None
+    problem: str = ""
 
     def read(self) -> Image.Image:
         """The photo upright, in sRGB, without opacity: mode RGB.  Raises UNREADABLE."""
+        if self.problem:
+            raise ValueError(self.problem)
         with Image.open(self.path) as picture:
-            photo = pixels.to_rgb(pixels.as_seen(picture))
+            photo = pixels.to_rgb(pixels.as_seen(picture)).copy()
+        photo.info = {}  # classical files of it are not to carry what .perco files do not
         if max(photo.size) > MOST_SIDE_PX:
             raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MOST_SIDE_PX}")
         return photo
@@ -57,16 +62,14 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
 
 
 def photo_at(path: Path) -> Photo:
-    """One photo, named as its file is.  Raises OSError."""
+    """One photo, named as its file is."""
     return _photo(path.parent, path, shared=False)
 
 
 def _photo(folder: Path, path: Path, shared: bool) -> Photo:
-    name, text = path.relative_to(folder), path.with_suffix(".txt")
-    return Photo(
-        path,
-        name.as_posix(),
-        (name if shared else name.with_suffix("")).as_posix(),
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-        text.read_text(encoding="utf-8").strip() if text.is_file() else None,
-    )
+    name = path.relative_to(folder)
+    names = path, name.as_posix(), (name if shared else name.with_suffix("")).as_posix()
+    try:
+        return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), sidecar_caption(path))
+    except (OSError, ValueError) as error:
+        return Photo(*names, "", None, str(error))

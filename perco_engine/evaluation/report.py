@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from .. import conversion
 from . import classical, plots
 from .contact_sheet import PAPER, Cell, contact_sheet
 from .distributions import SET_METRICS, SetMetric
@@ -67,18 +68,21 @@ def _metric(name: str) -> Metric | SetMetric:
 
 
 def _heading(run: Run) -> str:
-    told = run.described
-    effort = "usual" if told["effort"] is None else told["effort"]
+    known = run.described
+    effort = "usual" if known["effort"] is None else known["effort"]
     lines = [
         f"# {_subject(run)}",
-        f"Weights {told['weights']}, {told['device']}, {told['dtype']}, effort: {effort}, pillow-perco "
-        f"{told['version']}; means over the photos, times are medians; whole files. "
+        f"Weights {known['weights']}, {known['device']}, {known['dtype']}, effort: {effort}, pillow-perco "
+        f"{known['version']}; means over the photos, times are medians; whole files. "
         f"↑ higher is better, ↓ lower is better.",
     ]
     if 0 in run.settings.steps:
         lines.append("0 steps: the estimate in the hyper-latent itself, without the U-Net.")
     if run.skipped:
-        lines.append("Left out:\n\n" + "\n".join(f"- {name}: {why}" for name, why in run.skipped.items()))
+        lines.append(
+            "Left out:\n\n"
+            + "\n".join(f"- {conversion.told(name)}: {conversion.told(why)}" for name, why in run.skipped.items())
+        )
     return "\n\n".join(lines)
 
 
@@ -114,7 +118,8 @@ def _table_of_peers(run: Run, found: Sequence[Row], others: Sequence[Peer]) -> s
     return (
         "## In the same bytes\n\n"
         "The best classical file of at most the bytes of the .perco file, over scale and quality, photo by photo, for "
-        "each metric by that metric: each column shows other files. (n of m): a file fits for only n photos.\n\n"
+        "each metric by that metric: each column shows other files. (n of m): a file fits, and the metric "
+        "is defined, for only n photos.\n\n"
         + markdown(["bpp", "file", *(metric_title(METRICS[name]) for name in names)], body)
     )
 
