@@ -528,3 +528,25 @@ def test_two_processes_have_the_gradients_of_one(latent_diffusion: Path, eight: 
         first, second = (load_file(file) for file in files)
         for key, value in first.items():
             torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.slow
+def test_several_processes_that_are_told_to_stop_write_a_checkpoint(
+    latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    config = write_settings(
+        tmp_path, latent_diffusion, eight, optimizer={"steps": 10_000, "batch_size": 4},
+        checkpoints={"every_minutes": 60},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "pillow_perco.cli", "train", str(config), "--processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "stopped: the same command goes on" in told
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/optimizer.bin"))
+    running = subprocess.run(["pgrep", "-f", str(config)], capture_output=True, text=True, check=False).stdout
+    assert running == ""

@@ -21,7 +21,7 @@ from perco_engine.training.captions import Captioned
 from perco_engine.training.crops import Crop, Crops, collate
 from perco_engine.training.settings import Captions, FolderData, OpenImagesData, TfdsData, WebdatasetData
 from perco_engine.training.shards import ShardCrops, open_shards
-from perco_engine.training.sources import is_held_out, open_source
+from perco_engine.training.sources import is_held_out, open_source, read_table
 
 
 def flat(path: Path, level: int, size: tuple[int, int] = (90, 70)) -> None:
@@ -283,3 +283,23 @@ def test_what_is_told_of_shards(shards: WebdatasetData, tmp_path: Path) -> None:
     damaged = WebdatasetData(source="webdataset", shards=(str(tmp_path / "2.tar"),), workers=0)
     with pytest.raises(TrainingError, match="there is no photo in the shards of a reader"):
         take(stream(damaged), 1)
+
+
+def test_a_stream_without_any_picture_ends(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "0.tar", {f"{number}.gif": b"GIF8" for number in range(3)})
+    with pytest.raises(TrainingError, match=r"100 photos in a row cannot be read, the last one, .: no picture"):
+        take(stream(WebdatasetData(source="webdataset", shards=(str(tmp_path / "0.tar"),), workers=0)), 1)
+
+
+def test_cells_of_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('file,caption\na,"a dog on\nthe grass"\nb,one\u2028two\n', encoding="utf-8")
+    rows = read_table(tmp_path / "x.csv", "captions.table", ("file", "caption"))
+    assert [row["caption"] for row in rows] == ["a dog on\nthe grass", "one\u2028two"]
+
+
+@pytest.mark.parametrize("written", ["deep/a.png", "deep/a", "a"])
+def test_names_in_tables(written: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"file,caption\n{written},an owl\n")
+    captions = Captioned(Captions(source="table", table=tmp_path / "x.csv"), tmp_path)
+    assert captions(["deep/a.png", "deep/b.png"], [None, None], PIXELS) == ["an owl", ""]

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from perco_engine import sampling
 from perco_engine.engine import get_engine
 from perco_engine.errors import InvalidSettings, TrainingError
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.store import install
-from perco_engine.training import embedded
+from perco_engine.training import denoising, embedded
 from perco_engine.training.denoising import WALK, grid_excess, some_timesteps, spectrum_excess, texture_error
 from perco_engine.training.embedded_settings import STAGES, StageName
 from perco_engine.training.journal import read_log
@@ -220,3 +221,18 @@ def test_from_nothing(photos: Path, tmp_path: Path) -> None:
     (first, _) = read_log(tmp_path / "run" / "autoencoder")
     assert first["psnr"] > 20  # linear algebra alone
     assert len(get_engine(model).rate_points) == len(embedded.GRIDS)
+
+
+def test_a_walk_is_that_of_ddim() -> None:
+    """Held against diffusers' scheduler, by way of what decodes."""
+    pipeline = get_engine("embedded", "cpu").pipeline
+    torch.manual_seed(0)
+    noise, local = torch.randn(1, 16, 8, 8), torch.randn(1, pipeline.unet.config.local_features_channels, 8, 8)
+    for steps in (1, 2, 4):
+        scheduler = denoising.new_scheduler()
+        scheduler.set_timesteps(steps)
+        text = torch.zeros(1, 1, pipeline.unet.config.cross_attention_dim)
+        with torch.no_grad():
+            ours = denoising.walk(pipeline.unet, scheduler, noise, local, scheduler.timesteps.tolist(), text)
+            theirs = sampling.denoise(pipeline, noise, local, text, None, steps, 1.0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

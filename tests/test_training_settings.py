@@ -58,6 +58,7 @@ def test_what_the_least_settings_mean() -> None:
         ({"objective": {"min_snr_gamma": 0}}, "objective.min_snr_gamma: input should be greater than 0"),
         ({"model": {"base": "sd", "hyper_encoder": {"bpp": 0.03}}}, "model.hyper_encoder.bpp must be one of 0.0019, "),
         ({"captions": {"source": "table"}}, "captions.table is missing"),
+        ({"checkpoints": {"keep": 5}}, "checkpoints: give every_steps or every_minutes"),
         ({"data": {"source": "webdataset", "shards": ["a.tar"]}, "validation": {}}, "validation.folder is missing"),
     ],
 )

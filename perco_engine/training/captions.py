@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from torch import Tensor
@@ -57,7 +57,7 @@ class Captioned:
             return [text or "" for text in sidecars]
         if self.captioner is not None:
             self._make({name: number for number, name in enumerate(names) if name not in self.known}, crops)
-        return [self.known.get(name, self.known.get(_stem(name), "")) for name in names]
+        return [next((self.known[key] for key in _keys(name) if key in self.known), "") for name in names]
 
     def _make(self, missing: dict[str, int], crops: Tensor) -> None:
         """Captions the photos that have none yet, and keeps what comes of it."""
@@ -70,6 +70,7 @@ class Captioned:
             file.writelines(json.dumps({"name": name, "caption": text}) + "\n" for name, text in made.items())
 
 
-def _stem(name: str) -> str:
-    """A name as tables often have it: without folders and suffix."""
-    return Path(name).stem
+def _keys(name: str) -> tuple[str, str, str]:
+    """A name as tables have it: as it is, without suffix, without folders and suffix."""
+    path = PurePosixPath(name)
+    return name, str(path.with_suffix("")), path.stem

@@ -181,8 +181,10 @@ def walk(
     for k, timestep in enumerate(timesteps):
         t = torch.full((len(noise),), timestep, device=noise.device)
         with torch.set_grad_enabled(k == len(timesteps) - 1):
-            noisy = scheduler.add_noise(guess, noise, t)  # DDIM's step: the noise that it finds is the first one
+            noisy = scheduler.add_noise(guess, noise, t)
             guess = unet(noisy, t, text, local_features=local).sample.float()
+        share = scheduler.alphas_cumprod[timestep]
+        noise = ((noisy - share.sqrt() * guess) / (1 - share).sqrt()).detach()  # that DDIM goes on with
     return guess
 
 

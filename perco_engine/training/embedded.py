@@ -299,6 +299,7 @@ def export(run: Run, folder: Path) -> None:
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
     partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
     for name in ("vae", "hyper_enc", "unet"):  # where a network was loaded from is nobody's matter
         config = json.loads((partial / name / "config.json").read_bytes())

@@ -1,17 +1,23 @@
 """accelerate: on which devices a run computes, in which precision, and how its processes find each other."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import InvalidSettings, TrainingError
+
+SHUTDOWN_SECONDS = 600
+"""How long processes that are told to stop may take for a step and a checkpoint."""
 
 
 @contextmanager
@@ -66,10 +72,30 @@ def devices() -> int:
 def launch(config: Path, processes: int) -> None:
     """Runs `perco train` in several processes of this machine, one a GPU where there are GPUs.
 
+    A signal to end is passed on to them, so that they write a checkpoint.
+
     Raises TrainingError where one of them fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = dict(os.environ) if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, "-m", "pillow_perco.cli", "train", str(config)], env=environment)
-    if done.returncode:
+    if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # in newer releases of torch
+        command += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    command += ["-m", "pillow_perco.cli", "train", str(config)]
+    # In a session of its own: what a terminal sends to all of a group would reach it twice.
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    stopped = list[int]()
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        launcher.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        failed = launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise TrainingError("stopped: the same command goes on from the newest checkpoint")
+    if failed:
         raise TrainingError(f"one of {processes} processes failed: what it said stands above")

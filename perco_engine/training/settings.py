@@ -111,7 +111,8 @@ class Captions:
 
     source: none; sidecar (.txt beside the photo, or in the shard); table (a .csv or .parquet file); captioner (made
         when a photo is first seen, and kept in the run's folder).
-    table, name_column, caption_column: the table; its names are paths in the data's folder, or these without suffix.
+    table, name_column, caption_column: the table; its names are paths in the data's folder, or these without suffix,
+        or without folders and suffix.
     captioner: "blip2", or a model's name or folder, as for `perco encode --captioner`.
     A photo without a caption trains without one.
     """

@@ -95,6 +95,8 @@ def keys(kind: Any, location: Sequence[int | str]) -> list[str]:
 
 def contradictions(settings: Settings) -> Iterator[str]:
     """What is wrong with settings each of which is right alone, and what to do."""
+    if settings.checkpoints.every_steps is None and settings.checkpoints.every_minutes is None:
+        yield "checkpoints: give every_steps or every_minutes"
     if isinstance(settings, Embedded):
         for name in settings.stages:
             clock: Clock = getattr(settings, name)

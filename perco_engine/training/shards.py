@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .. import pixels
 from ..errors import InvalidSettings, TrainingError
-from .crops import Crop, Cut, generator
+from .crops import ATTEMPTS, Crop, Cut, generator
 from .photos import to_tensor
 from .settings import WebdatasetData
 from .sources import UNREADABLE
@@ -66,6 +66,7 @@ class ShardCrops(IterableDataset[Crop]):
         # The loader takes a batch from each worker in turn, the first one first: that stands in for whose turn it is.
         reader = self.rank * workers + (worker + self.batches) % workers
         readers, start, skipped = self.processes * workers, self.places.get(reader, 0), dict[str, str]()
+        failed = 0
         for place, sample in enumerate(self._samples(reader, readers, skipped)):
             if place < start:
                 skipped.clear()
@@ -78,7 +79,13 @@ class ShardCrops(IterableDataset[Crop]):
                 sidecar = sample["txt"].decode().strip() if "txt" in sample else None
             except UNREADABLE as error:
                 skipped[sample["__key__"]] = str(error)
+                failed += 1
+                if failed == ATTEMPTS:
+                    raise TrainingError(
+                        f"{ATTEMPTS} photos in a row cannot be read, the last one, {sample['__key__']}: {error}"
+                    ) from error
                 continue
+            failed = 0
             yield {
                 "pixels": crop, "name": sample["__key__"], "sidecar": sidecar, "seed": seed, "skipped": dict(skipped),
                 "places": {reader: place + 1},

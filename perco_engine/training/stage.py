@@ -228,8 +228,7 @@ class Stage:
                 self.progress.step += 1
                 self._pass(min(time.monotonic() - start, 10.0))  # a run may be suspended: that is not its time
                 self.journal.after_step(self.progress.step)
-                if self.left > 0:
-                    self.checkpoints.after_step()
+                self.checkpoints.after_step()
             self.checkpoints.save()
         self.journal.skipped(self.progress.skipped)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..errors import InvalidModel, InvalidSettings, TrainingError
+from ..errors import InvalidModel, TrainingError
 from ..model_folder import load_component, progress_bars_off
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
@@ -28,6 +28,7 @@ from ..prompts import embed_with_gradient
 from ..tags import SIDE_PX, labels
 from .denoising import autoencoder, diffusion_error, new_scheduler, picture_loss, some_timesteps, walk
 from .embedded_settings import TextSettings
+from .sources import read_text
 from .stage import Run, Stage, channels_last
 from .word_vectors import documents, new_tokenizer, token_vectors
 
@@ -41,6 +42,10 @@ LIKELY_TAGS = 5
 
 TOLD = 0.6
 """How often a crop's caption is what is beside its photo, where there is a text: sentences and tags are both learnt."""
+
+WHOLE, LEFT_OUT = 0.5, 0.3
+"""How often such a text is told word for word, and how many words are left out otherwise, so that none is learnt by
+heart."""
 
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
@@ -159,12 +164,12 @@ def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]
 
 
 def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random) -> str:
-    """A crop's caption: what is beside the photo (TOLD), or one to three of its LIKELY_TAGS, in any order.
+    """A crop's caption: words of what is beside the photo (TOLD), or one to three of its LIKELY_TAGS, in any order.
 
     probabilities: of the 1000 classes.
     """
     if sidecar and rng.random() < TOLD:
-        return sidecar
+        return some_words(sidecar, rng)
     values, numbers = (part.tolist() for part in probabilities.topk(LIKELY_TAGS))
     chosen: list[int] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -172,6 +177,13 @@ def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random)
         chosen.append(drawn)
     text = ", ".join(labels()[numbers[k]] for k in chosen)
     return f"a photo of {text}" if rng.random() < 0.2 else text
+
+
+def some_words(text: str, rng: random.Random) -> str:
+    """A text word for word (WHOLE), or with words left out (LEFT_OUT), but never all of them."""
+    if rng.random() < WHOLE:
+        return text
+    return " ".join(word for word in text.split() if rng.random() >= LEFT_OUT) or text
 
 
 @torch.no_grad()
@@ -231,5 +243,5 @@ def train_text(run: Run) -> None:
 
 def check_corpus(path: Path | None) -> None:
     """Raises InvalidSettings unless there is no corpus, or one that can be read."""
-    if path is not None and not path.is_file():
-        raise InvalidSettings(f"text.corpus: there is no file {path}")
+    if path is not None:
+        read_text(path, "text.corpus")

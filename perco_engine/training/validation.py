@@ -53,10 +53,13 @@ class Validation:
             if len(photos) == when.photos:
                 break
             try:
-                photos.append(middle(source.read(number), settings.resolution))
+                photo, sidecar = middle(source.read(number), settings.resolution), source.sidecar(number)
             except UNREADABLE:
                 continue
-            told += captions([name], [source.sidecar(number)], to_tensor(photos[-1])[None])
+            # Another folder's photo may have the name of one that is trained on, and captions are kept by name.
+            key = name if when.folder is None or captions.captioner is None else f"{when.folder.name}/{name}"
+            photos.append(photo)
+            told += captions([key], [sidecar], to_tensor(photo)[None])
         if not photos:
             raise InvalidSettings("validation: none of the photos can be read")
         return cls(when, photos, told)
