@@ -286,7 +286,7 @@ class _Work:
             return
         other = self._made.get(_file_number(task.target))
         # that it is there still: the number of a file that is gone is given to others
-        if other and other.source != task.source and other.target.exists() and other.target.samefile(task.target):
+        if other and other.target != task.target and other.target.exists() and other.target.samefile(task.target):
             raise FileExistsError(f"it would become the same file as {told(other.source)}: rename one of them")
 
 

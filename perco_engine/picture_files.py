@@ -57,7 +57,7 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
     image.load()
     if not keep_metadata:
         return Photo(image, Metadata())
-    exif, xmp = image.getexif() or _exif_of_tiff(opened), image.info.get("xmp") or b""
+    exif, xmp = _exif_of_tiff(opened) or image.getexif(), image.info.get("xmp") or b""
     return Photo(
         image,
         Metadata(

@@ -53,10 +53,13 @@ def install(**where: Any) -> None:
     from .desktop import check, install
 
     place = place_for(**where)
-    if place.is_system:
-        os.umask(0o022)  # all users are to read it, whatever root keeps to itself
-    for line in install.install(place):
-        click.echo(line)
+    before = os.umask(0o022) if place.is_system else None  # all users are to read it, whatever root keeps to itself
+    try:
+        for line in install.install(place):
+            click.echo(line)
+    finally:
+        if before is not None:
+            os.umask(before)
     for line in check.advice(place):
         click.echo(line)
 

@@ -263,10 +263,24 @@ def test_the_menu_command_converts_beside(home: Path, photo: Image.Image, tmp_pa
     assert result.exit_code == 1 and "1.png" in result.output
 
 
+def installed_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str = "/bin/true") -> None:
+    """Without the thumbnailer's packages, and with nothing outside of a test's folder."""
+    monkeypatch.setattr(system, "install", lambda *_: iter(()))
+    place = replace(points.system_place(), config=folder / "etc/xdg", perco=(program,))
+    list(install.install(place))
+
+
+def test_what_this_user_cannot_run_is_not_left_to_the_system(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed_for_all(home.parent, monkeypatch, "/home/somebody/.venv/bin/perco")
+    perco("install")
+    share = home / ".local/share"
+    assert (share / "applications/pillow-perco.desktop").exists() and list((share / "nemo").rglob("*.nemo_action"))
+    assert not list((share / "mime").glob("packages/pillow-perco.xml"))
+
+
 def test_what_the_system_has_is_no_fault_of_the_user_s(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order that is documented for Caja: for all, and then for oneself."""
-    monkeypatch.setattr(system, "install", lambda *_: iter(()))
-    list(install.install(points.system_place()))
+    installed_for_all(home.parent, monkeypatch)
     perco("install")
     ours = (home / ".local/share").rglob("*pillow*")
     assert not any(path.suffix == ".thumbnailer" for path in ours)
@@ -286,8 +300,10 @@ def test_a_program_s_path_is_told_as_it_is(home: Path) -> None:
 def test_a_user_makes_room_for_what_is_installed_for_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order that is advised on GNOME: for oneself, for all, and once more for oneself."""
     perco("install")
-    monkeypatch.setattr(system, "install", lambda *_: iter(()))
-    list(install.install(points.system_place()))
+    compiled = home / ".local/share/nautilus-python/extensions/__pycache__/pillow_perco_menu.cpython-311.pyc"
+    compiled.parent.mkdir()
+    compiled.touch()
+    installed_for_all(home.parent, monkeypatch)
     assert "once more" in "".join(check.advice(points.system_place()))
     perco("install")
     assert not list((home / ".local/share/nemo").rglob("*.nemo_action"))
@@ -317,7 +333,7 @@ def test_a_package_holds_what_its_system_is_to_know(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(system, "install", lambda *_: iter(()))
-    root = tmp_path / "root"
+    root = tmp_path / "not" / "yet"
     assert perco("install", "--system", "--prefix", "/usr", "--destdir", root).exit_code == 0
     names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert "usr/share/mime/packages/pillow-perco.xml" in names

@@ -105,10 +105,8 @@ def test_captions_of_crops() -> None:
     drawn = [text.draw_caption(seen, None, random.Random(k)) for k in range(400)]
     assert drawn.count("great grey owl") > 130 and drawn.count("a photo of great grey owl") > 20
     told = [text.draw_caption(seen, "my owl", random.Random(k)) for k in range(400)]
-    words = [caption for caption in told if set(caption.split()) <= {"my", "owl"}]
-    assert 200 < len(words) < 280
-    assert words.count("my owl") > 0.6 * len(words) and min(words.count("my"), words.count("owl")) > 10
-    for captions in (drawn, [caption for caption in told if caption not in words]):
+    assert 200 < told.count("my owl") < 280
+    for captions in (drawn, [caption for caption in told if caption != "my owl"]):
         tags = {tag for caption in captions for tag in caption.removeprefix("a photo of ").split(", ")}
         assert tags == {"great grey owl", "kite", "cock", "hen", "ostrich"}
     assert len(labels()) == 1000

@@ -166,6 +166,8 @@ def _check_widths(folder: Path, components: dict[str, Any]) -> None:
         if width in hyper:
             taken = unet.local_features_channels
             joints.append(("hyper_enc", hyper[width], "unet", taken, "channels of local features"))
+    if ("text_encoder" in components) != ("tokenizer" in components):
+        raise InvalidModel(f"{folder} has one of text_encoder and tokenizer, which go together")
     if "text_encoder" in components:
         size = components["text_encoder"].config.hidden_size
         joints.append(("text_encoder", size, "unet", unet.cross_attention_dim, "dimensions of text embeddings"))

@@ -46,12 +46,12 @@ def fetch_large_files(repository: str, revision: str | None, patterns: Sequence[
 
 def _fetch(url: str, name: str, sha256: str, size: int, target: Path) -> None:
     """Fetches one file to `target`, by way of its beginning in PERCO_HOME, unless another process does."""
-    from filelock import FileLock  # huggingface_hub's own
+    from huggingface_hub.utils import WeakFileLock
 
     begun = weights.home() / FOLDER / sha256
     begun.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{begun.parent}.lock"):  # processes that train together all want it
+    with WeakFileLock(f"{begun.parent}.lock"):  # processes that train together all want it
         if not target.exists():
             _fetch_alone(url, name, sha256, size, begun, target)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.launcher.api import LaunchConfig
 
 from ..errors import InvalidSettings, TrainingError
 
@@ -78,20 +77,28 @@ def launch(config: Path, processes: int) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = dict(os.environ) if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
+    from torch.distributed.launcher.api import LaunchConfig
+
     if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # in newer releases of torch
         command += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     command += ["-m", "pillow_perco.cli", "train", str(config)]
-    # In a session of its own: what a terminal sends to all of a group would reach it twice.
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    stopped = list[int]()
+    stopped, launchers = list[int](), list[subprocess.Popen[bytes]]()
 
     def stop(number: int, frame: Any) -> None:
         stopped.append(number)
-        launcher.terminate()
+        for one in launchers:
+            one.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
-        failed = launcher.wait()
+        # In a session of its own: what a terminal sends to all of a group would reach it twice.
+        launchers.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        if stopped:
+            launchers[0].terminate()
+        failed = launchers[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

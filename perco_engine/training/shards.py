@@ -76,7 +76,7 @@ class ShardCrops(IterableDataset[Crop]):
             try:
                 photo = _decode(sample)
                 crop = to_tensor(self.cut(photo, self.side, rng))
-                sidecar = sample["txt"].decode().strip() if "txt" in sample else None
+                sidecar = sample["txt"].decode("utf-8-sig").strip() if "txt" in sample else None
             except UNREADABLE as error:
                 skipped[sample["__key__"]] = str(error)
                 failed += 1

@@ -170,7 +170,7 @@ def is_held_out(name: str, share: float) -> bool:
 def read_text(path: Path, key: str) -> str:
     """The text of a file that the setting `key` names.  Raises InvalidSettings."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
 

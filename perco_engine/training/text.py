@@ -43,10 +43,6 @@ LIKELY_TAGS = 5
 TOLD = 0.6
 """How often a crop's caption is what is beside its photo, where there is a text: sentences and tags are both learnt."""
 
-WHOLE, LEFT_OUT = 0.5, 0.3
-"""How often such a text is told word for word, and how many words are left out otherwise, so that none is learnt by
-heart."""
-
 
 def new_text_encoder(tokenizer: Any, vectors: Tensor) -> Any:
     """A text encoder whose tokens have these embeddings (tokens, width), of unit length or less; the rest is random.
@@ -164,12 +160,12 @@ def fresh(settings: TextSettings, classifier: FeatureDistance) -> dict[str, Any]
 
 
 def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random) -> str:
-    """A crop's caption: words of what is beside the photo (TOLD), or one to three of its LIKELY_TAGS, in any order.
+    """A crop's caption: what is beside the photo (TOLD), or one to three of its LIKELY_TAGS, in any order.
 
     probabilities: of the 1000 classes.
     """
     if sidecar and rng.random() < TOLD:
-        return some_words(sidecar, rng)
+        return sidecar
     values, numbers = (part.tolist() for part in probabilities.topk(LIKELY_TAGS))
     chosen: list[int] = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -177,13 +173,6 @@ def draw_caption(probabilities: Tensor, sidecar: str | None, rng: random.Random)
         chosen.append(drawn)
     text = ", ".join(labels()[numbers[k]] for k in chosen)
     return f"a photo of {text}" if rng.random() < 0.2 else text
-
-
-def some_words(text: str, rng: random.Random) -> str:
-    """A text word for word (WHOLE), or with words left out (LEFT_OUT), but never all of them."""
-    if rng.random() < WHOLE:
-        return text
-    return " ".join(word for word in text.split() if rng.random() >= LEFT_OUT) or text
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Installing and uninstalling the desktop points."""
 
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ from .points import Place
 MIME_DATABASE = "update-mime-database"
 DESKTOP_DATABASE = "update-desktop-database"
 
+RUN_NO_PERCO = (".xml", ".thumbnailer")
+"""Files that do not name the command: the kind of files, and the thumbnailer, which has a program of its own."""
+
 
 def install(place: Place) -> Iterator[str]:
     """Installs or refreshes every point, and tells what was done, a line each.
@@ -26,6 +31,7 @@ def install(place: Place) -> Iterator[str]:
     """
     manifest = Manifest.read(place.manifest, place.root)
     manifest.version = __version__
+    place.root.mkdir(parents=True, exist_ok=True)
     manifest.make_folder(place.state)
     if place.is_system:
         yield from system.install(place, manifest)
@@ -33,6 +39,7 @@ def install(place: Place) -> Iterator[str]:
         if is_left_to_system(path, place):
             if manifest.name(path) in manifest.written and manifest.take_out(path):
                 manifest.forget(path)
+                _remove_compiled(path)
             continue
         manifest.put(path, data, mode, manifest.before_ours(path, data))
         yield f"{path}"
@@ -101,7 +108,15 @@ def is_left_to_system(path: Path, place: Place) -> bool:
         return False
     system_place = points.system_place()
     twin = system_place.data / path.relative_to(place.data)
-    return str(twin) in Manifest.read(system_place.manifest).written and twin.exists()
+    if str(twin) not in Manifest.read(system_place.manifest).written or not twin.exists():
+        return False
+    return path.suffix in RUN_NO_PERCO or _runs_for_this_user(system_place)
+
+
+def _runs_for_this_user(system_place: Place) -> bool:
+    """Whether this user can run what the system's menus run: it may lie in somebody's home."""
+    found = re.search(rb"^TryExec=(.+)$", content(system_place.data / points.VIEWER) or b"", re.MULTILINE)
+    return found is not None and os.access(os.fsdecode(found[1]), os.X_OK)
 
 
 def thunar_file(place: Place) -> Path:
