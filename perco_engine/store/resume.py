@@ -46,7 +46,7 @@ def fetch_large_files(repository: str, revision: str | None, patterns: Sequence[
 
 def _fetch(url: str, name: str, sha256: str, size: int, target: Path) -> None:
     """Fetches one file to `target`, by way of its beginning in PERCO_HOME, unless another process does."""
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     begun = weights.home() / FOLDER / sha256
     begun.parent.mkdir(parents=True, exist_ok=True)
