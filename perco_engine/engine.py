@@ -259,11 +259,7 @@ class Engine:
                 f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(points)}: "
                 f"update pillow-perco, or the file is damaged"
             )
-        if self.model.rate_point not in (None, header.rate_point):
-            raise UnsupportedRatePoint(
-                f"the file is of {points[header.rate_point].bpp} bpp, and the weights that it names, "
-                f"{self.model.name!r}, are of {self.rate_points[0].bpp}: the file is damaged"
-            )
+        self.model.check_rate_point(header.rate_point, points)
         return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
             data, points, prior=self.prior, coder=CODER
         )

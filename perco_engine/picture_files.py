@@ -20,6 +20,9 @@ EXIF_TAGS = (
 )  # fmt: skip
 """The tags of a TIFF file that tell of its picture, and not of how its bytes lie."""
 
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a damaged or too large one."""
+
 QUALITY = {"JPEG": 92, "WEBP": 92, "AVIF": 85}
 """Above Pillow's defaults: a decoded picture is not to be made worse a second time."""
 

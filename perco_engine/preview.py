@@ -20,7 +20,7 @@ from PIL import Image
 from . import bitstream, weights
 from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
-from .errors import InvalidModel, LimitExceeded, PreviewUnavailable, UnsupportedRatePoint
+from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
 from .opacity import opacity
 from .preview_networks import PATCH, PreviewNetworks
 from .rates import Grid, RatePoint, ladder
@@ -75,15 +75,12 @@ class Previewer:
 
         Raises UnsupportedRatePoint where it is of another rate than its weights.
         """
-        rate_point = bitstream.read_header(data, allow_truncated=allow_truncated).rate_point
-        if self._model.rate_point not in (None, rate_point):
-            raise UnsupportedRatePoint(
-                f"the file is of rate point {rate_point}, and the weights that it names, {self._model.name!r}, are of "
-                f"{self._model.rate_point}: the file is damaged"
-            )
         if allow_truncated:
-            return bitstream.unpack_partial(data, self.rate_points, prior=self._prior)
-        return bitstream.unpack(data, self.rate_points, prior=self._prior, grids=grids)
+            codes = bitstream.unpack_partial(data, self.rate_points, prior=self._prior)
+        else:
+            codes = bitstream.unpack(data, self.rate_points, prior=self._prior, grids=grids)
+        self._model.check_rate_point(codes.rate_point, self.rate_points)
+        return codes
 
     def picture(self, data: bytes, width_px: int, height_px: int, size: tuple[int, int]) -> Image.Image:
         """The picture of a file of width_px x height_px pixels, made `size` pixels small; RGB, or RGBA with opacity."""

@@ -8,13 +8,14 @@ by the fingerprint alone.
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import rates
 from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY
 from .codes import ModelReference
-from .errors import ModelUnavailable
+from .errors import ModelUnavailable, UnsupportedRatePoint
 from .rates import RatePoint
 from .store.checkpoint import RECORD, Checkpoint, installed
 from .store.checkpoint import read as read_record
@@ -79,6 +80,14 @@ class Model:
     def reference(self) -> ModelReference:
         """How files name this model."""
         return ModelReference(self.registry_id, self.fingerprint)
+
+    def check_rate_point(self, rate_point: int, points: Sequence[RatePoint]) -> None:
+        """Raises UnsupportedRatePoint where a file that names these weights is of another of these rates than they."""
+        if self.rate_point is not None and self.rate_point != rate_point:
+            raise UnsupportedRatePoint(
+                f"the file is of {points[rate_point].bpp} bpp, and the weights that it names, {self.name!r}, are of "
+                f"{points[self.rate_point].bpp}: the file is damaged"
+            )
 
 
 def registered(registry_id: int) -> ModelSpec | None:

@@ -26,17 +26,13 @@ from .PercoImagePlugin import describe
 DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 
 
-BAD_FILES = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for files that are no pictures, damaged, or too large."""
-
-
 class Group(click.Group):
     """Turns what can go wrong with files and models into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (PercoError, *BAD_FILES) as error:
+        except (PercoError, *picture_files.UNREADABLE) as error:
             raise click.ClickException(str(error) or type(error).__name__) from error
 
 

@@ -15,9 +15,10 @@ from .. import rates
 from ..captioner import caption_pictures, get_captioner
 from ..engine import get_engine
 from ..errors import EvaluationError
+from ..picture_files import UNREADABLE
 from . import metrics
 from .metrics import METRICS
-from .photo_folder import UNREADABLE, Photo, find_photos
+from .photo_folder import Photo, find_photos
 from .results import write_result
 from .tables import markdown, metric_title
 

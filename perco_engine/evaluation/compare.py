@@ -16,11 +16,12 @@ from PIL import Image
 from .. import conversion, files
 from ..engine import get_engine
 from ..errors import EvaluationError
+from ..picture_files import UNREADABLE
 from ..rates import nearest
 from . import classical, metrics
 from .classical_search import Search
 from .metrics import METRICS, Judge
-from .photo_folder import UNREADABLE, Photo, photo_at
+from .photo_folder import Photo, photo_at
 from .tables import metric_value
 
 DEFAULT_METRICS = ("psnr", "ms_ssim", "lite2")

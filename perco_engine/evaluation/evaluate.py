@@ -25,11 +25,12 @@ from ..batch_options import DecodeOptions, EncodeOptions
 from ..captioner import caption_pictures, get_captioner
 from ..engine import get_engine
 from ..errors import EvaluationError, PercoError
+from ..picture_files import UNREADABLE
 from ..version import __version__
 from . import classical, classical_search, distributions, metrics
 from .distributions import SET_METRICS
 from .metrics import METRICS
-from .photo_folder import UNREADABLE, Photo, find_photos
+from .photo_folder import Photo, find_photos
 from .results import Line, Lines, claim, write_result
 
 ALL_METRICS = (*METRICS, *SET_METRICS)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .. import conversion
+from ..picture_files import UNREADABLE
 from . import classical, classical_search, metrics
 from .metrics import METRICS, check_names
-from .photo_folder import UNREADABLE, find_photos
+from .photo_folder import find_photos
 from .results import Line
 from .tables import markdown, metric_title, metric_value
 

@@ -12,8 +12,6 @@ from ..errors import EvaluationError
 from ..picture_files import sidecar_caption
 
 MOST_SIDE_PX = 65535
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What `Photo.read` raises for a file that is no picture, or a damaged or too large one."""
 
 
 @dataclass(frozen=True)

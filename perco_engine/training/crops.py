@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import TrainingError
+from ..picture_files import UNREADABLE
 from .photos import to_tensor
-from .sources import UNREADABLE, Source
+from .sources import Source
 
 Cut = Callable[[Image.Image, int, random.Random], Image.Image]
 """(photo, side, rng) -> a square of `side` pixels."""

@@ -28,6 +28,7 @@ from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
+from ..picture_files import UNREADABLE
 from .crops import Crops
 from .denoising import (
     autoencoder,
@@ -43,7 +44,7 @@ from .journal import Tell
 from .photos import random_crop, to_tensor
 from .prior import train_prior
 from .processes import accelerated
-from .sources import UNREADABLE, open_source
+from .sources import open_source
 from .stage import Run, Stage, channels_last
 from .text import check_corpus, freeze_text, no_caption, text_parts, train_text
 

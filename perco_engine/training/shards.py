@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .. import pixels
 from ..errors import InvalidSettings, TrainingError
+from ..picture_files import UNREADABLE
 from .crops import ATTEMPTS, Crop, Cut, generator
 from .photos import to_tensor
 from .settings import WebdatasetData
-from .sources import UNREADABLE
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp")
 

@@ -12,11 +12,8 @@ from PIL import Image
 
 from .. import pixels
 from ..errors import InvalidSettings
-from ..picture_files import sidecar_caption
+from ..picture_files import UNREADABLE, sidecar_caption
 from .settings import FolderData, Listed, OpenImagesData, TfdsData
-
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What `Source.read` raises for a file that is no picture, or a damaged or too large one."""
 
 SPLITS = ("train", "held-out")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InvalidSettings
+from ..picture_files import UNREADABLE
 from ..pipeline import PercoPipeline
 from ..prompts import embed
 from .captions import Captioned
@@ -19,7 +20,7 @@ from .objective import PercoObjective, draw
 from .photos import middle, to_tensor
 from .settings import FolderData, PercoSd, WebdatasetData
 from .settings import Validation as When
-from .sources import UNREADABLE, open_source
+from .sources import open_source
 
 LEVELS = 8
 """Draws of noise, spread over its levels, that the loss of a photo is the mean of."""

@@ -108,20 +108,17 @@ def _database(installed: list[Place]) -> Iterator[Finding]:
         yield Finding("MIME database", "does not know image/x-perco", mend)
 
 
-def _thumbnailer_file(place: Place) -> Path:
-    return place.data / "thumbnailers" / "pillow-perco.thumbnailer"
-
-
 def _is_left_to_system(place: Place) -> bool:
     """Whether a user's installation has no thumbnailer of its own, since the system has one."""
     with contextlib.suppress(ValueError):  # of a damaged manifest, which is told elsewhere
-        return not _thumbnailer_file(place).exists() and install.is_left_to_system(_thumbnailer_file(place), place)
+        file = place.data / points.THUMBNAILER
+        return not file.exists() and install.is_left_to_system(file, place)
     return False
 
 
 def thumbnailer_of(place: Place) -> Path | None:
     """The helper that the installed .thumbnailer file names."""
-    text = _read(_thumbnailer_file(place))
+    text = _read(place.data / points.THUMBNAILER)
     for line in (text or b"").decode(errors="replace").splitlines():
         if line.startswith("TryExec="):
             return Path(line.removeprefix("TryExec="))
