@@ -24,7 +24,6 @@ from PIL import Image
 from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
-from .codes import Metadata
 from .conversion import Task, told
 from .errors import PercoError
 
@@ -264,8 +263,9 @@ class _Work:
         if item.image is not None:
             kind = picture_files.writable_kind(target.suffix)
             assert kind is not None
-            item.data = picture_files.picture_bytes(item.image, kind, item.metadata)
-            item.image = None
+            picture, metadata = picture_files.turned(item.image, item.metadata)
+            kept = metadata if self._settings.keep_metadata else metadata.colours
+            item.data, item.size, item.image = picture_files.picture_bytes(picture, kind, kept), picture.size, None
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._writing:
             self._check_place(item.task)
@@ -322,9 +322,8 @@ def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> 
     header = read_header(data)
     size = header.width_px, header.height_px
     take(size[0] * size[1])
-    metadata = header.metadata if settings.keep_metadata else Metadata()
     key = (*size, header.model, header.rate_point)
-    return Item(task, size[0] * size[1], size, state, key, data=data, metadata=metadata)
+    return Item(task, size[0] * size[1], size, state, key, data=data, metadata=header.metadata)
 
 
 def _state(path: Path) -> os.stat_result:

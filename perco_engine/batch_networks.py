@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from . import heap, thumbnails
-from .bitstream import read_header
 from .codes import Metadata
 from .conversion import Task
 
@@ -109,7 +108,7 @@ class Networks:
             self._pixels = 0
 
     def _run(self, batch: Sequence[Item]) -> None:
-        from .engine import get_engine_for
+        from .engine import engine_of_file
 
         settings = self._settings
         if self._engine is not None:
@@ -126,8 +125,7 @@ class Networks:
             for item, data in zip(batch, encoded, strict=True):
                 item.data, item.image = data, None
             return
-        header = read_header(batch[0].data)
-        decoded = get_engine_for(header.model, rate_point=header.rate_point).decode_batch(
+        decoded = engine_of_file(batch[0].data).decode_batch(
             [item.data for item in batch],
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,

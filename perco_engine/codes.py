@@ -34,6 +34,11 @@ EXIF_PREFIX = b"Exif\x00\x00"
 """What an EXIF block begins with in JPEG files and in Pillow's `info`, but not in a .perco file."""
 
 
+def is_of_other_pixels(profile: bytes) -> bool:
+    """Whether an ICC profile is for grey or CMYK, say, and not for RGB (ICC.1:2022, section 7.2)."""
+    return profile[36:40] == b"acsp" and profile[16:20] != b"RGB "
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What travels with the picture unchanged: the raw bytes of its EXIF, ICC and XMP blocks (empty: none)."""
@@ -41,6 +46,11 @@ class Metadata:
     exif: bytes = b""
     icc_profile: bytes = b""
     xmp: bytes = b""
+
+    @property
+    def colours(self) -> Metadata:
+        """The ICC profile alone, without which the pixels' colours would be other ones; not one of other than RGB."""
+        return Metadata(icc_profile=b"" if is_of_other_pixels(self.icc_profile) else self.icc_profile)
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,13 @@ class Source:
     """A file to convert, and the name, without suffix, that it has below the destination.
 
     scanned: found in a folder, and not named by the user.
+    problem: why it cannot be read, where that is known before.
     """
 
     path: Path
     place: Path
     scanned: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def plan(request: Request) -> list[Task]:
         found = list(find(request))
         suffix = suffix or _likely_suffix(found)
         tasks = [
-            Task(one.path, destination / one.place.with_name(one.place.name + suffix))
+            Task(one.path, destination / one.place.with_name(one.place.name + suffix), one.problem)
             for one in found
-            if not one.scanned or is_perco(one.path) != (suffix == PERCO)
+            if one.problem or not one.scanned or is_perco(one.path) != (suffix == PERCO)
         ]
         if suffix == PERCO:
             captions = {picture_files.sidecar(task.source) for task in tasks if task.source.suffix != ".txt"}
@@ -122,27 +124,41 @@ def find(request: Request) -> Iterator[Source]:
     kinds = picture_files.readable_suffixes() | {PERCO}
     out, seen = Path(request.destination).resolve(), set()
     for text in request.sources:
-        for base, path, scanned in _expand(text, request.recursive):
+        for base, path, scanned, problem in _expand(text, request.recursive):
             inside = out in path.resolve().parents and out not in (base.resolve(), *base.resolve().parents)
-            if scanned and (path.suffix.lower() not in kinds or inside):
+            if scanned and (inside or not (problem or path.suffix.lower() in kinds)):
                 continue
             if path not in seen:
                 seen.add(path)
-                yield Source(path, _bare(path.relative_to(base)), scanned)
+                place = Path(path.resolve().name) if problem else _bare(path.relative_to(base))
+                yield Source(path, place, scanned, problem)
 
 
-def scan(folder: Path, recursive: bool) -> list[Path]:
-    """The files in a folder, sorted, without hidden ones; with those of all folders below it, links not followed."""
+def scan(folder: Path, recursive: bool) -> list[tuple[Path, str]]:
+    """The files in a folder, sorted, without hidden ones; with those of all folders below it, links not followed.
+
+    Each with "", and folders that cannot be read with the reason.
+    """
+    unread: list[OSError] = []
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=unread.append):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
+    files = [(path, "") for path in found if _may_be_file(path)]
+    return files + [(Path(error.filename), f"this folder cannot be read ({error.strerror})") for error in unread]
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether this is a file, or nobody may look: then it fails when it is read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def existing(tasks: Iterable[Task]) -> list[Task]:
     """The tasks whose target is there already."""
-    return [task for task in tasks if os.path.lexists(task.target)]
+    return [task for task in tasks if not task.problem and os.path.lexists(task.target)]
 
 
 def told(path: str | os.PathLike[str]) -> str:
@@ -157,14 +173,17 @@ def some(paths: Sequence[str | os.PathLike[str]]) -> str:
     return named if len(paths) <= MOST_TOLD else f"{named} and {len(paths) - MOST_TOLD} more"
 
 
-def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool]]:
-    """The files that one source names: the folder that their place is relative to, the file, whether it was scanned."""
+def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]]:
+    """The files that one source names: the folder that their place is relative to, the file, whether it was scanned.
+
+    Last, why it cannot be read, or "".
+    """
     path = Path(text)
     if path.is_dir():
-        yield from ((path, file, True) for file in scan(path, recursive))
+        yield from ((path, file, True, problem) for file, problem in scan(path, recursive))
     elif path.exists() or not glob.has_magic(text):
         # A file that is not there is told with the others that fail.
-        yield path.parent, path, False
+        yield path.parent, path, False, ""
     else:
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
         if not matches:
@@ -172,9 +191,10 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool]]:
         base = _base(path) if "**" in path.parts else None
         for match in matches:
             if match.is_dir():
-                yield from ((base or match.parent, file, True) for file in (scan(match, True) if recursive else ()))
+                below = scan(match, True) if recursive else []
+                yield from ((base or match.parent, file, True, problem) for file, problem in below)
             else:
-                yield base or match.parent, match, False
+                yield base or match.parent, match, False, ""
 
 
 def _base(pattern: Path) -> Path:
@@ -217,7 +237,7 @@ def _single_target(request: Request, suffix: str | None) -> Task | None:
 
 def _likely_suffix(found: Sequence[Source]) -> str:
     """.perco where there is a photo; .png where there are .perco files only."""
-    photos = [one for one in found if not is_perco(one.path)]
+    photos = [one for one in found if not one.problem and not is_perco(one.path)]
     if photos and any(is_perco(one.path) and not one.scanned for one in found):
         raise ConversionError("there are photos and .perco files among the sources: say which to make, with --to")
     return PERCO if photos or not found else ".png"
@@ -225,6 +245,7 @@ def _likely_suffix(found: Sequence[Source]) -> str:
 
 def _check(tasks: Sequence[Task]) -> None:
     """Raises ConversionError where tasks stand in each other's way, or are none of ours."""
+    tasks = [task for task in tasks if not task.problem]
     for task in tasks:
         if task.encodes and is_perco(task.source):
             raise ConversionError(f"{told(task.source)} is a .perco file already")

@@ -19,7 +19,6 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-@functools.cache
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device that is meant; the best one for None.
 
@@ -27,6 +26,13 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return best_device()
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(f'the device must be named, such as "cpu" or "cuda", not {device!r:.80}')
+    return _tried(device)
+
+
+@functools.cache
+def _tried(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).tolist()

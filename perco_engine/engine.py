@@ -16,6 +16,7 @@ from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
 from .batch_options import DecodeOptions, EncodeOptions, for_each
+from .bitstream.header import MAX_SIDE_PX
 from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
@@ -161,8 +162,11 @@ class Engine:
         if best_of > 1 and seed is not None:
             raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
         for image in images:
-            if not 1 <= min(image.size) <= max(image.size) <= 65535:
-                raise ValueError(f"a .perco picture has 1 to 65535 pixels a side, not {image.width}x{image.height}")
+            image.load()  # before this engine is at work: a .perco file is decoded by one
+            if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
+                raise ValueError(
+                    f"a .perco picture has 1 to {MAX_SIDE_PX} pixels a side, not {image.width}x{image.height}"
+                )
         captions = choose_captions(caption, captioner, images, self.device)
         blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         grids: list[tuple[Any, ...]] = [()] * len(images)
@@ -308,7 +312,7 @@ def _reduction(width_px: int, height_px: int, max_size_px: int | None) -> int:
     if max_size_px is None:
         return 1
     longer = max(width_px, height_px)
-    return next((r for r in (8, 4, 2) if longer >= r * max_size_px), 1)
+    return next((r for r in (8, 4, 2) if -(-longer // r) >= max_size_px), 1)
 
 
 def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.Image:
@@ -359,6 +363,18 @@ def get_engine_for(
     """
     chosen = usable_device(device)
     return load(weights.find_for_file(model, rate_point), chosen, best_dtype(chosen))
+
+
+def engine_of_file(data: bytes, model: str | os.PathLike[str] | None = None) -> Engine:
+    """The engine that decodes the bytes of a .perco file.
+
+    model: the folder of its model, where that is not installed; it is remembered for later files.
+    Raises BitstreamError, ModelUnavailable, InvalidModel.
+    """
+    if model is not None:
+        weights.find(model)
+    header = bitstream.read_header(data)
+    return get_engine_for(header.model, rate_point=header.rate_point)
 
 
 def load(model: weights.Model, device: torch.device, dtype: torch.dtype, placement: Placement | None = None) -> Engine:

@@ -10,7 +10,7 @@ class _Network:
     """The network on a device.  size_bytes: of its weights."""
 
     def __init__(self, device: torch.device) -> None:
-        self.network = FeatureDistance("lite0").to(device)
+        self.network = FeatureDistance("lite0").to(device, torch.float32)
         self.size_bytes = weights_bytes(self.network)
 
 

@@ -22,14 +22,19 @@ def write_beside(
 
     Raises OSError.
     """
-    target = Path(os.fsdecode(path)).resolve()
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    if target.exists():
-        if not target.is_file():
-            target.write_bytes(data)
+    named = Path(os.fsdecode(path))
+    try:
+        there = named.stat().st_mode
+    except FileNotFoundError:
+        there = None
+    if there is not None:
+        if stat.S_ISDIR(there):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
+        if not stat.S_ISREG(there):
+            named.write_bytes(data)
             return
-        mode = stat.S_IMODE(target.stat().st_mode) if mode is None else mode
+        mode = stat.S_IMODE(there) if mode is None else mode
+    target = named.resolve()
     # Not the target's own name with something added: that might be longer than a name can be.
     beside = target.parent / f".perco-{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)

@@ -1,11 +1,11 @@
 """Pictures as files of any format that Pillow knows: which can be read and written, photos in, decoded pictures out."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from .codes import EXIF_PREFIX, Metadata
@@ -22,6 +22,12 @@ EXIF_TAGS = (
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no picture, or a damaged or too large one."""
+
+DROPS_OPACITY = {"BMP", "DIB", "PPM"}
+"""Formats that Pillow writes RGBA in, and from which it comes back without its opacity."""
+
+LARGEST_ICON_PX = 256
+"""Pixels a side of an ICO file, at most."""
 
 QUALITY = {"JPEG": 92, "WEBP": 92, "AVIF": 85}
 """Above Pillow's defaults: a decoded picture is not to be made worse a second time."""
@@ -60,14 +66,38 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
     image.load()
     if not keep_metadata:
         return Photo(image, Metadata())
-    exif, xmp = _exif_of_tiff(opened) or image.getexif(), image.info.get("xmp") or b""
-    return Photo(
-        image,
-        Metadata(
-            exif=exif.tobytes().removeprefix(EXIF_PREFIX) if exif else b"",
-            xmp=xmp.encode() if isinstance(xmp, str) else xmp,
-        ),
-    )
+    xmp = image.info.get("xmp") or b""
+    return Photo(image, Metadata(exif=_exif(opened, image), xmp=xmp.encode() if isinstance(xmp, str) else xmp))
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF block says, which then says so no more; as it is where that cannot be read."""
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow raises whatever a damaged block leads it to
+        return picture
+
+
+def turned(picture: Image.Image, metadata: Metadata) -> tuple[Image.Image, Metadata]:
+    """A decoded picture turned as the EXIF block of its file says, and its metadata, which then say so no more."""
+    if not metadata.exif:
+        return picture, metadata
+    told = picture.copy()
+    told.info = {"exif": EXIF_PREFIX + metadata.exif, "xmp": metadata.xmp}
+    shown = upright(told)
+    exif, xmp = shown.info["exif"].removeprefix(EXIF_PREFIX), shown.info["xmp"]
+    shown.info = {}
+    return shown, replace(metadata, exif=exif, xmp=xmp)
+
+
+def _exif(opened: Image.Image, image: Image.Image) -> bytes:
+    """The EXIF block of a photo that was opened, and turned upright since; none where it is damaged."""
+    try:
+        exif = _exif_of_tiff(opened) or image.getexif()
+        return exif.tobytes().removeprefix(EXIF_PREFIX) if exif else b""
+    except Exception:  # Pillow raises whatever a damaged block leads it to
+        return b""
 
 
 def _exif_of_tiff(opened: Image.Image) -> Image.Exif:
@@ -90,16 +120,28 @@ def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = N
     options = _metadata_options(metadata or Metadata(), kind)
     if kind in QUALITY:
         options["quality"] = QUALITY[kind]
+    if kind == "ICO":  # by default, several smaller ones
+        if max(picture.size) > LARGEST_ICON_PX:
+            raise ValueError(f"an icon has at most {LARGEST_ICON_PX} pixels a side: write another format, such as .png")
+        options["sizes"] = [picture.size]
+    if kind in DROPS_OPACITY:
+        picture = _on_white(picture)
     written = io.BytesIO()
     try:
         picture.save(written, kind, **options)
     except (OSError, ValueError):
         if picture.mode != "RGBA":
             raise
-        white = Image.new("RGBA", picture.size, "white")
         written = io.BytesIO()
-        Image.alpha_composite(white, picture).convert("RGB").save(written, kind, **options)
+        _on_white(picture).save(written, kind, **options)
     return written.getvalue()
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """The picture in mode RGB, on white where it lets something through."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _metadata_options(metadata: Metadata, kind: str) -> dict[str, Any]:

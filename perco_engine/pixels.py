@@ -4,10 +4,11 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from .codes import AlphaMask
+from .picture_files import upright
 
 ALPHA_BITS = 4
 ALPHA_LONGEST_SIDE = 128
@@ -16,7 +17,7 @@ ALPHA_LOG2_SCALES = range(3, 7)
 
 def has_alpha(image: Image.Image) -> bool:
     """Whether any pixel may be transparent, judged by mode and info."""
-    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    return image.has_transparency_data
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -41,9 +42,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def straight(image: Image.Image) -> Image.Image:
     """The picture with colours that are not multiplied by its opacity, and each pixel with its own."""
-    if image.mode == "P" and "transparency" in image.info:
+    if image.mode == "P" and has_alpha(image):
         return image.convert("RGBA")
     return image.convert(image.mode[:-1] + "A") if image.mode in ("RGBa", "La") else image
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    """The opacity of a picture that has some, mode L."""
+    if image.mode.startswith("I;16"):  # where one value is that of nothing
+        return Image.fromarray(np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8))
+    return straight(image).convert("RGBA").getchannel("A")
 
 
 def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask | None:
@@ -54,7 +62,7 @@ def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask |
     """
     if not has_alpha(image):
         return None
-    opacity = straight(image).convert("RGBA").getchannel("A")
+    opacity = _opacity(image)
     if opacity.getextrema() == (255, 255):
         return None
     if log2_scale is None:
@@ -79,22 +87,35 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def as_seen(photo: Image.Image) -> Image.Image:
     """A photo as a person sees it: upright, in sRGB."""
-    return to_srgb(ImageOps.exif_transpose(photo))
+    return to_srgb(upright(photo))
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """The picture in sRGB, by its embedded colour profile; unchanged where it has none, or one that is no good."""
-    profile = image.info.get("icc_profile")
-    if profile and image.mode == "P":
-        image = image.convert("RGBA" if has_alpha(image) else "RGB")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """The picture in sRGB; unchanged where it has no colour profile, or one that is no good.
+
+    profile: default the one that is embedded.
+    """
+    profile = profile or image.info.get("icc_profile")
+    if not profile:
+        return image
+    opacity = _opacity(image) if has_alpha(image) else None
+    if image.mode in ("LA", "La"):
+        taken = straight(image).getchannel("L")
+    elif image.mode.startswith("I;16"):
+        taken = to_rgb(image).getchannel(0)
+    elif image.mode in ("P", "PA", "RGBA", "RGBa"):
+        taken = straight(image).convert("RGB")
+    else:
+        taken = image
+    if taken.mode not in ("RGB", "CMYK", "L"):
         return image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+        converted = ImageCms.profileToProfile(taken, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         return image
     assert converted is not None
-    converted.info = {name: value for name, value in image.info.items() if name != "icc_profile"}
+    if opacity is not None:
+        converted.putalpha(opacity)
+    converted.info = {name: told for name, told in image.info.items() if name not in ("icc_profile", "transparency")}
     return converted

@@ -22,6 +22,7 @@ from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
 from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
 from .opacity import opacity
+from .picture_files import turned
 from .preview_networks import PATCH, PreviewNetworks
 from .rates import Grid, RatePoint, ladder
 
@@ -155,6 +156,8 @@ def previewer(model: weights.Model) -> Previewer:
 def render(data: bytes, max_size_px: int) -> Image.Image:
     """A small picture of a .perco file: max_size_px on its longer side, or of its own size where that is less.
 
+    Upright, where the file holds EXIF.
+
     Mode RGB, or RGBA where the file holds opacity.  Raises BitstreamError, LimitExceeded, ModelUnavailable,
     InvalidModel, PreviewUnavailable.
     """
@@ -164,7 +167,8 @@ def render(data: bytes, max_size_px: int) -> Image.Image:
         raise LimitExceeded(f"the picture has {width}x{height} pixels, more than {MAX_PIXELS}: it is not looked at")
     maker = previewer(weights.find_for_file(header.model, header.rate_point))
     scale = max(1.0, max(width, height) / max_size_px)
-    return maker.picture(data, width, height, (max(1, round(width / scale)), max(1, round(height / scale))))
+    size = max(1, round(width / scale)), max(1, round(height / scale))
+    return turned(maker.picture(data, width, height, size), header.metadata)[0]
 
 
 def decode(data: bytes, reduction: int, *, allow_truncated: bool = False) -> Image.Image:

@@ -112,7 +112,10 @@ def _search_tile(
     text: Tensor | None,
     steps: int,
 ) -> list[Tensor]:
-    """The shifts of a picture's codes, (1, c, rows, columns) float32 each, after so many steps."""
+    """The shifts of a picture's codes, (1, c, rows, columns) float32 each, after so many steps.
+
+    At the lowest rate they are those of the nearest picture on the way.
+    """
     ladder: HyperLadder = pipeline.hyper_enc
     rungs = ladder.levels[: level + 1]
     shifts, moves = _unmoved(ladder, latents, level), _unmoved(ladder, latents, level)
@@ -120,24 +123,33 @@ def _search_tile(
     noise = draw_noise(tuple(latents.shape), torch.Generator().manual_seed(0))
     with torch.no_grad():
         target = distance.features(_enlarged(photo))
-    for step in range(steps):
+
+    def chosen() -> list[Tensor]:
         grids = choose(ladder, prior, latents, level, shifts, THRIFT)
+        return [rung.look_up(grid).detach() for rung, grid in zip(rungs, grids, strict=True)]
+
+    def lost(codes: list[Tensor]) -> Tensor:
+        estimate = torch.zeros_like(latents)
+        for rung, code in zip(rungs, codes, strict=True):
+            estimate = rung.decode(code, estimate)
+        with half_precision(latents.device):
+            features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
+            decoded = denoise(pipeline, noise, features, text, None, 1, 1.0)
+            picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
+        loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
+        loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
+        if level == 0:
+            loss = loss + HUES * F.mse_loss(_hues(picture), _hues(photo))
+        return loss + distance.between(distance.features(_enlarged(picture)), target)
+
+    seen: list[tuple[float, list[Tensor]]] = []
+    for step in range(steps):
         with torch.enable_grad():
-            codes = [rung.look_up(grid).detach().requires_grad_() for rung, grid in zip(rungs, grids, strict=True)]
-            estimate = torch.zeros_like(latents)
-            for rung, code in zip(rungs, codes, strict=True):
-                estimate = rung.decode(code, estimate)
-            with half_precision(latents.device):
-                features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
-                decoded = denoise(pipeline, noise, features, text, None, 1, 1.0)
-                picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1
-            loss = F.l1_loss(picture, photo) + 2 * F.mse_loss(picture, photo)
-            loss = loss + COLOURS * F.mse_loss(_means(picture), _means(photo))
-            if level == 0:
-                loss = loss + HUES * F.mse_loss(_hues(picture), _hues(photo))
-            loss = loss + distance.between(distance.features(_enlarged(picture)), target)
+            codes = [code.requires_grad_() for code in chosen()]
+            loss = lost(codes)
             # of all latents, so that no gradient is below what 16 bits can hold
             slopes = torch.autograd.grad(loss * latents[0, 0].numel(), codes)
+        seen.append((float(loss.detach()), [shift.clone() for shift in shifts]))
         if not units:
             units = [
                 rung.quantizer.codebook.float().std() / slope.float().square().mean().sqrt().clamp(min=1e-12)
@@ -147,14 +159,19 @@ def _search_tile(
         for shift, move, slope, unit in zip(shifts, moves, slopes, units, strict=True):
             move.lerp_(slope.float(), 1 - MOMENTUM)
             shift.sub_(move * (unit * pace))
-    return shifts
+    if level > 0:
+        return shifts
+    # Where every code is of many pixels, a step may lead astray: the nearest picture of all counts, not the last one.
+    with torch.no_grad():
+        seen.append((float(lost(chosen())), shifts))
+    return min(seen, key=lambda one: one[0])[1]
 
 
 def _unmoved(ladder: HyperLadder, latents: Tensor, level: int) -> list[Tensor]:
     """Shifts of nothing for the codes of a picture, (1, c, rows, columns) float32 for each grid."""
     rows, columns = latents.shape[-2:]
     shapes = ladder.rate_points[level].shapes(columns * PATCH, rows * PATCH)
-    return [torch.zeros(1, latents.shape[1], *shape, device=latents.device) for shape in shapes]
+    return [torch.zeros(1, latents.shape[1], *shape, device=latents.device, dtype=torch.float32) for shape in shapes]
 
 
 def _means(picture: Tensor) -> Tensor:

@@ -257,13 +257,15 @@ class _Service:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        # A client that sends nonsense, or goes away, is its own trouble.
-        with contextlib.suppress(OSError, ValueError), connection:
-            connection.settimeout(TRANSFER_SECONDS)
-            request, payload = _receive(connection, MAX_FILE_BYTES)
-            _send(connection, *self._reply(request, payload))
-        with self._lock:
-            self._busy -= 1
+        try:
+            # A client that sends nonsense, or goes away, is its own trouble.
+            with contextlib.suppress(OSError, ValueError, RecursionError, MemoryError), connection:
+                connection.settimeout(TRANSFER_SECONDS)
+                request, payload = _receive(connection, MAX_FILE_BYTES)
+                _send(connection, *self._reply(request, payload))
+        finally:
+            with self._lock:
+                self._busy -= 1
 
     def _reply(self, request: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
         do = request.get("do")
@@ -291,16 +293,12 @@ class _Service:
         # Two threads that import the same packages at once can wait for each other for ever.
         self._importing.join()
         from .bitstream import read_header
-        from .engine import get_engine_for
-        from .weights import find
+        from .engine import engine_of_file
 
         header = read_header(data)
         if header.width_px * header.height_px * 4 > MAX_PICTURE_BYTES:
             raise errors.NotEnoughMemory("the picture is too large for the service")
-        if model is not None:
-            find(model)
-        engine = get_engine_for(header.model, rate_point=header.rate_point)
-        return engine.decode(data, **options)
+        return engine_of_file(data, model).decode(data, **options)
 
 
 def main(idle_seconds: float = IDLE_SECONDS) -> None:

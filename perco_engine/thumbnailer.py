@@ -160,14 +160,15 @@ def fast(data: bytes, size_px: int) -> "Image.Image":
 def full(data: bytes, size_px: int) -> "Image.Image":
     """The picture as its networks decode it: in the warm engine where one runs, else here."""
     from . import service
-
-    if (picture := service.decode(data, max_size_px=size_px)) is not None:
-        return picture
     from .bitstream import read_header
-    from .engine import get_engine_for
+    from .picture_files import turned
 
-    header = read_header(data)
-    return get_engine_for(header.model, rate_point=header.rate_point).decode(data, max_size_px=size_px)
+    metadata = read_header(data).metadata
+    if (picture := service.decode(data, max_size_px=size_px)) is not None:
+        return turned(picture, metadata)[0]
+    from .engine import engine_of_file
+
+    return turned(engine_of_file(data).decode(data, max_size_px=size_px), metadata)[0]
 
 
 def write(source: Path, target: Path, picture: "Image.Image") -> None:

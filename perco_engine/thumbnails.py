@@ -219,10 +219,9 @@ def fill_files(paths: Iterable[Path], *, again: bool = False) -> Iterator[Filled
 
 
 def _decoded(data: bytes) -> "Image.Image":
-    """The picture in the bytes of a file, by its own model."""
+    """The picture in the bytes of a file, upright, by its own model."""
     from .bitstream import read_header
-    from .engine import get_engine_for
+    from .engine import engine_of_file
+    from .picture_files import turned
 
-    header = read_header(data)
-    engine = get_engine_for(header.model, rate_point=header.rate_point)
-    return engine.decode(data, max_size_px=LARGEST_PX)
+    return turned(engine_of_file(data).decode(data, max_size_px=LARGEST_PX), read_header(data).metadata)[0]

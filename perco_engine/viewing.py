@@ -23,7 +23,7 @@ KEPT_BYTES = 256 << 20
 def folder() -> Path:
     """Where decoded pictures are kept, for this user alone: in the user's cache, or runtime folder if there is none."""
     for place in (_cache_folder, service.runtime_folder):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # a RuntimeError: this process has no home
             kept = place() / "view"
             files.make_private(kept)
             if os.access(kept, os.W_OK):
@@ -42,17 +42,18 @@ def decoded(file: Path, **options: object) -> Path:
     Raises OSError, PercoError.
     """
     data = file.read_bytes()
-    read_header(data)
+    header = read_header(data)
     told = repr((__version__, sorted(options.items()))).encode()
     kept = folder() / hashlib.sha256(told + data).hexdigest()[:24]
     # The viewer shows the name; a very long one leaves no room for .png.
     name = os.fsdecode(os.fsencode(file.stem)[:200]) + ".png"
     place = kept / name
     if not place.is_file():
-        picture = decode(data, **options)
+        picture, metadata = picture_files.turned(decode(data, **options), header.metadata)
+        png = picture_files.picture_bytes(picture, "PNG", metadata.colours)
         _make_room(kept.parent)
         files.make_private(kept)
-        files.write_beside(place, picture_files.picture_bytes(picture, "PNG"), mode=0o600, sync=False)
+        files.write_beside(place, png, mode=0o600, sync=False)
     with contextlib.suppress(FileNotFoundError):
         os.utime(kept)
     return place
@@ -66,15 +67,11 @@ def decode(data: bytes, **options: object) -> Image.Image:
         picture = None
     if picture is not None:
         return picture
-    from . import weights
-    from .engine import get_engine_for
+    from .engine import engine_of_file
 
     chosen = {name: value for name, value in options.items() if name != "model"}
-    if (model := options.get("model")) is not None:
-        weights.find(str(model))
-    header = read_header(data)
-    engine = get_engine_for(header.model, rate_point=header.rate_point)
-    return engine.decode(data, **chosen)  # type: ignore[arg-type]
+    model = options.get("model")
+    return engine_of_file(data, None if model is None else str(model)).decode(data, **chosen)  # type: ignore[arg-type]
 
 
 def open_in_viewer(picture: Path) -> None:

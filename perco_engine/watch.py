@@ -26,12 +26,13 @@ REMOTE = ("9p", "ceph", "cifs", "fuse", "nfs", "smb")
 State = tuple[int, int, int]
 
 
-def watch(request: Request, overwrite: bool) -> Iterator[Task]:
+def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
     """Tasks for the files of one folder: those that are there and not yet converted, and then every one that comes.
 
     A file is handed out when it has been the same for some seconds and no process has it open for writing, and again
-    when it was changed.  Where its target is there already and not to be overwritten, or is made of another file, the
-    task says that as its problem; files that were converted before the watch began are left alone.
+    when it was changed.  Files that were converted before the watch began are left alone.
+    existing: "overwrite" or "skip" targets that are there already; None: the task says that as its problem.  It does
+        so always where the target is made of another file.
     Never ends.  Raises ConversionError for a suffix that pictures cannot be written with.
     """
     suffix = request.suffix() or PERCO
@@ -39,9 +40,9 @@ def watch(request: Request, overwrite: bool) -> Iterator[Task]:
     changing: dict[Path, tuple[State, float]] = {}
     handed_out: dict[Path, State] = {}
     made_of: dict[Path, Path] = {}
-    first = True
+    first, overwrite = True, existing == "overwrite"
     while True:
-        found = [one for one in find(request) if is_perco(one.path) != (suffix == PERCO)]
+        found = [one for one in find(request) if one.problem or is_perco(one.path) != (suffix == PERCO)]
         for gone in handed_out.keys() - {one.path for one in found}:
             del handed_out[gone]
         for one in found:
@@ -54,7 +55,9 @@ def watch(request: Request, overwrite: bool) -> Iterator[Task]:
             elif _is_settled(one, state, changing):
                 handed_out[one.path] = state
                 owner = made_of.setdefault(target, one.path)
-                yield Task(one.path, target, _problem(target, owner, one.path, overwrite))
+                if existing == "skip" and owner == one.path and target.exists():
+                    continue
+                yield Task(one.path, target, one.problem or _problem(target, owner, one.path, overwrite))
         first = False
         time.sleep(POLL_SECONDS)
 

@@ -106,7 +106,10 @@ def home() -> Path:
         return Path(chosen)
     import platformdirs
 
-    return Path(platformdirs.user_data_dir("pillow-perco", appauthor=False))
+    try:
+        return Path(platformdirs.user_data_dir("pillow-perco", appauthor=False))
+    except RuntimeError as error:  # a process without a user
+        raise ModelUnavailable(f"there is no folder for models ({error}): set PERCO_HOME to one") from error
 
 
 def models_folder() -> Path:

@@ -14,11 +14,12 @@ from PIL import Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
-from perco_engine.codes import EXIF_PREFIX
+from perco_engine.codes import EXIF_PREFIX, Metadata, is_of_other_pixels
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
 from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
 MAX_FILE_BYTES = 256 << 20
+BLOCK_BYTES = 1 << 20
 REDUCTIONS = (8, 4, 2)
 
 
@@ -47,6 +48,15 @@ def _accept(prefix: bytes) -> bool:
     return prefix.startswith(MAGIC)
 
 
+def _read(file: IO[bytes], most_bytes: int) -> bytes:
+    """What is in a file, at most so many bytes, without memory for all of those."""
+    blocks = []
+    while most_bytes > 0 and (block := file.read(min(most_bytes, BLOCK_BYTES))):
+        blocks.append(block)
+        most_bytes -= len(block)
+    return b"".join(blocks)
+
+
 class PercoImageFile(ImageFile.ImageFile):
     """A .perco file: size, mode and info from its header, pixels when they are asked for.
 
@@ -63,7 +73,7 @@ class PercoImageFile(ImageFile.ImageFile):
 
     def _open(self) -> None:
         assert self.fp is not None
-        self._file = self.fp.read(MAX_FILE_BYTES + 1)
+        self._file = _read(self.fp, MAX_FILE_BYTES + 1)
         if len(self._file) > MAX_FILE_BYTES:
             raise OSError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
         try:
@@ -107,7 +117,7 @@ class PercoImageFile(ImageFile.ImageFile):
                 picture = self._decode_small() if size != self._full_size else None
                 if picture is None:
                     picture = self._decode()
-            except PercoError as error:
+            except (PercoError, ValueError) as error:  # a ValueError: the opener's options are not for this model
                 raise OSError(str(error)) from error
             except (RuntimeError, MemoryError) as error:
                 raise OSError(
@@ -171,8 +181,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
 
     Raises ValueError for a wrong value, OSError if the model is not available.
     """
-    from perco_engine import get_engine
-    from perco_engine.codes import Metadata
+    from perco_engine import get_engine, pixels
 
     exif = options.get("exif") or b""
     if isinstance(exif, Image.Exif):
@@ -190,6 +199,9 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
         value = options.get(name)
         if value is not None and not isinstance(value, kinds):
             raise ValueError(f"{name} must be of type {kinds.__name__}, not {value!r}")
+    profile = blocks["icc_profile"]
+    if is_of_other_pixels(profile):  # of what was grey, say, and is stored as RGB
+        image, blocks["icc_profile"] = pixels.to_srgb(image, profile), b""
     try:
         engine = get_engine(options.get("model") or "embedded", options.get("device"))
         return engine.encode(
@@ -213,7 +225,9 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
 
 
 def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    fp.write(encode(image, image.encoderinfo))
+    # Taken away, where another thread that saves the same picture meanwhile would find it, and keep it.
+    options, image.encoderinfo = image.encoderinfo, {}
+    fp.write(encode(image, options))
 
 
 def register(options: OpenerOptions | None = None) -> None:

@@ -119,25 +119,23 @@ def decode(
     max_size: int | None, model: str | None, samples: int | None,
 ) -> None:  # fmt: skip
     """Decode the .perco file SOURCE to a picture of the kind that TARGET's name says."""
-    from perco_engine import weights
-    from perco_engine.engine import get_engine_for
+    from perco_engine.engine import engine_of_file
     from perco_engine.evaluation.contact_sheet import samples_sheet
 
     kind = picture_files.writable_kind(target.suffix)
     if kind is None:
         raise click.ClickException(f"{told(target)}: no picture format can be written under this name; try .png")
-    if model is not None:
-        weights.find(model)
     data = source.read_bytes()
     header = bitstream.read_header(data)
-    engine = get_engine_for(header.model, rate_point=header.rate_point)
+    engine = engine_of_file(data, model)
     first = header.seed if seed is None else seed
     seeds = [first + k for k in range(samples or 1)]
     pictures = engine.decode_batch(
         [data] * len(seeds), steps=steps, guidance_scale=guidance, seed=seeds, max_size_px=max_size
     )
+    pictures = [picture_files.turned(picture, header.metadata)[0] for picture in pictures]
     picture = samples_sheet(pictures, seeds) if samples else pictures[0]
-    write_beside(target, picture_files.picture_bytes(picture, kind))
+    write_beside(target, picture_files.picture_bytes(picture, kind, header.metadata.colours))
     click.echo(f"{told(target)}: {picture.width}x{picture.height} pixels")
 
 

@@ -105,15 +105,17 @@ def convert(
     if watch is None and (dry_run or not tasks):
         # Where nothing is left to do, the networks are not loaded for it.
         for task in tasks:
-            report.tell(task, "planned")
+            report.tell(task, "failed" if task.problem else "planned", error=task.problem)
         report.end()
+        if report.failures:
+            raise click.exceptions.Exit(EXIT_FAILED)
         return
     from perco_engine.batch import Result
     from perco_engine.batch import convert as converted
     from perco_engine.batch_networks import Settings
     from perco_engine.watch import watch as watched
 
-    work = tasks if watch is None else watched(request, existing == "overwrite")
+    work = tasks if watch is None else watched(request, existing)
     results = converted(work, Settings(sidecars=not no_sidecars, overwrite=existing == "overwrite", **settings))
     with _stoppable(report), report.progress, closing(results):
         for done in results:

@@ -109,17 +109,16 @@ def verify(name: str | None) -> None:
     from perco_engine.store import inventory
 
     if name is None:
-        folders = [one.folder for one in inventory.list_models()]
-        names = [folder.name for folder in folders if folder.parent == weights.models_folder()]
+        folders = [one.folder for one in inventory.list_models() if one.folder.parent == weights.models_folder()]
     else:
-        names = inventory.installed_names(name)
-    if not names:
+        folders = [weights.models_folder() / one for one in inventory.installed_names(name)]
+    if not folders:
         click.echo("nothing is installed beside the models of this package")
     damaged = 0
-    for one in names:
-        wrong = inventory.verify(one)
+    for folder in folders:
+        wrong = inventory.verify(folder)
         damaged += bool(wrong)
-        click.echo(f"{one}: {'ok' if not wrong else '; '.join(wrong)}")
+        click.echo(f"{folder.name}: {'ok' if not wrong else '; '.join(wrong)}")
     if damaged:
         raise click.ClickException("perco models remove NAME, and install it again")
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perco_engine import search
+from perco_engine import search, torchac_backend
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
@@ -42,11 +43,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models that whoever runs the tests has installed are not looked at."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of whoever runs the tests is looked at or changed: their models, thumbnails, their warm engine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PERCO_HOME", str(tmp_path_factory.mktemp("home")))
+        extensions = torchac_backend._library_path().parent.parent  # which is built once, and kept
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+        for name in ("PERCO_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("own")))
         yield
+
+
+@contextmanager
+def reachable(folder: Path) -> Iterator[None]:
+    """A folder that every user can enter, as long as it lasts."""
+    closed = {one: mode for one in (folder, *folder.parents) if (mode := one.stat().st_mode) & 0o011 != 0o011}
+    for one, mode in closed.items():
+        one.chmod(mode | 0o011)
+    try:
+        yield
+    finally:
+        for one, mode in closed.items():
+            one.chmod(mode)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,6 +72,13 @@ def seldom_searched() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "USUAL_PIXELS", 0)
         yield
+
+
+def fill(ladder: HyperLadder) -> None:
+    """Gives a ladder codebooks, as its training would with the first photos."""
+    for level in ladder.levels:
+        level.quantizer._codebook.embed.normal_()
+        level.quantizer._codebook.initted.fill_(1)
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +99,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         local_features_channels=5,
         add_local_features=True,
     )
-    for level in ladder.levels:
-        level.quantizer._codebook.embed.normal_()
-        level.quantizer._codebook.initted.fill_(1)
+    fill(ladder)
     pipeline = PercoPipeline(
         vae=vae, hyper_enc=ladder, unet=unet, scheduler=new_scheduler(),
         default_num_inference_steps=2, default_guidance_scale=1.0,

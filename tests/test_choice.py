@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import fill
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,9 +26,8 @@ def made(*prior_weights: float) -> tuple[HyperLadder, Prior, torch.Tensor]:
     torch.manual_seed(0)
     grids = ((32, 16), (16, 16), (8, 16))
     ladder = HyperLadder(latent_channels=4, grids=grids, width=8, prior_weights=prior_weights).eval()
+    fill(ladder)
     for level in ladder.levels:
-        level.quantizer._codebook.embed.normal_()
-        level.quantizer._codebook.initted.fill_(1)
         torch.nn.init.normal_(level.leave[-1].weight, std=0.05)
     network = PriorNetwork([Grid(*grid) for grid in grids])
     for level in network.levels:

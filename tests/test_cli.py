@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import opened_size
 from PIL import Image, ImageCms
 
 import pillow_perco
+from perco_engine import preview
+from perco_engine.thumbnails import cache_paths, uri
 from pillow_perco.cli import main
 
 
@@ -180,3 +183,58 @@ def test_every_command_without_what_windows_lacks() -> None:
     program = "import sys; sys.modules['fcntl'] = None; from pillow_perco.cli import main; main(['view', '--help'])"
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert "picture viewer" in run.stdout
+
+
+def test_a_decoded_picture_has_the_colours_and_the_place_of_the_one_that_was_saved(
+    photo: Image.Image, tmp_path: Path
+) -> None:
+    """Whoever stores a profile, or EXIF that says which side is up, gets them back, or what they mean."""
+    exif, coded = Image.Exif(), tmp_path / "x.perco"
+    exif[0x0112], exif[0x010E] = 6, "description"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo.save(coded, exif=exif, icc_profile=profile, xmp='<x tiff:Orientation="6"/>')
+    assert perco("decode", coded, tmp_path / "x.png").exit_code == 0
+    assert perco("convert", coded, tmp_path / "converted.png").exit_code == 0
+    with Image.open(coded) as stored, Image.open(tmp_path / "x.png") as decoded:
+        shown = np.asarray(stored.transpose(Image.Transpose.ROTATE_270))
+        assert decoded.info["icc_profile"] == profile and not decoded.getexif() and (np.asarray(decoded) == shown).all()
+    assert (tmp_path / "converted.png").read_bytes() == (tmp_path / "x.png").read_bytes()
+    assert perco("convert", coded, tmp_path / "kept.jpg", "--keep-metadata").exit_code == 0
+    with Image.open(tmp_path / "kept.jpg") as kept:
+        assert kept.size == (128, 192) and dict(kept.getexif()) == {0x010E: "description"}
+        assert b"Orientation" not in kept.info["xmp"]
+    small = preview.render(coded.read_bytes(), 96)
+    assert small.size == (64, 96)
+    assert np.abs(np.asarray(small.resize((16, 24)), int) - np.asarray(decoded.resize((16, 24)), int)).mean() < 12
+    assert perco("desktop", "thumbnails", tmp_path).exit_code == 0
+    with Image.open(cache_paths(uri(coded))["normal"]) as thumbnail:
+        assert thumbnail.size == (85, 128)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+@pytest.mark.parametrize(
+    "block", [b"II*\0", bytes(40), b"garbage" * 9, b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0a\0\0\0\0\0\0\0"]
+)
+def test_a_photo_with_damaged_exif_is_a_photo(kind: str, block: bytes, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / f"x.{kind}", exif=b"Exif\0\0" + block)
+    result = perco("encode", tmp_path / f"x.{kind}", tmp_path / "x.perco", "--keep-metadata", "--no-thumbnails")
+    assert result.exit_code == 0, result.output
+    assert perco("decode", tmp_path / "x.perco", tmp_path / "y.png").exit_code == 0
+    assert opened_size(tmp_path / "y.png") == (192, 128)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "ppm", "jpg", "pcx"])
+def test_opacity_is_on_white_where_the_format_has_none(kind: str, tmp_path: Path) -> None:
+    Image.new("RGBA", (128, 64), (0, 200, 0, 0)).save(tmp_path / "x.perco")
+    assert perco("decode", tmp_path / "x.perco", tmp_path / f"x.{kind}").exit_code == 0
+    with Image.open(tmp_path / f"x.{kind}") as picture:
+        assert np.asarray(picture.convert("RGB")).min() >= 250
+
+
+def test_an_icon_has_the_size_of_the_picture(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "x.perco")
+    assert "192x128 pixels" in perco("decode", tmp_path / "x.perco", tmp_path / "x.ico").output
+    assert opened_size(tmp_path / "x.ico") == (192, 128)
+    photo.resize((300, 200)).save(tmp_path / "x.perco")
+    result = perco("decode", tmp_path / "x.perco", tmp_path / "y.ico")
+    assert result.exit_code == 1 and "at most 256 pixels" in result.output and not (tmp_path / "y.ico").exists()

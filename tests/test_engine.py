@@ -13,7 +13,7 @@ from PIL import Image
 from perco_engine import bitstream, get_engine, weights
 from perco_engine.bitstream.header import checksum
 from perco_engine.devices import WeightsCache, best_device, best_dtype, budget_bytes
-from perco_engine.engine import Engine
+from perco_engine.engine import Engine, _reduction
 from perco_engine.errors import (
     BudgetTooSmall,
     InvalidModel,
@@ -118,15 +118,17 @@ def test_a_rate_point_that_the_model_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "says"),
     [
-        {"steps": -1}, {"steps": 1.5}, {"steps": True}, {"steps": 1001}, {"max_size_px": 0}, {"guidance_scale": -1.0},
-        {"seed": -3}, {"seed": 2**32}, {"seed": 2**70},
+        *(({"steps": value}, "steps must be an integer of at least 0") for value in (-1, 1.5, True)),
+        ({"steps": 1001}, "1000"), ({"max_size_px": 0}, "max_size_px must be an integer of at least 1"),
+        ({"guidance_scale": -1.0}, "the guidance scale must be"),
+        *(({"seed": value}, "seed must be an integer from 0") for value in (-3, 2**32, 2**70)),
     ],
 )  # fmt: skip
-def test_wrong_decode_options_are_value_errors(options: dict[str, float], photo: Image.Image) -> None:
+def test_wrong_decode_options_are_value_errors(options: dict[str, float], says: str, photo: Image.Image) -> None:
     engine = get_engine()
-    with pytest.raises(ValueError, match=r"\w"):
+    with pytest.raises(ValueError, match=says):
         engine.decode(engine.encode(photo), **options)
 
 
@@ -273,3 +275,14 @@ def test_a_published_checkpoint_folder_is_a_model_like_any_other(photo: Image.Im
     assert get_engine().decode(data, steps=2).tobytes() == with_text.tobytes()
     with pytest.raises(ValueError, match="at least 1 denoising step"):
         engine.decode(data, steps=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [((4001, 3001), 2001, 2), ((4001, 3001), 2002, 1), ((4000, 3000), 2000, 2), ((100, 801), 101, 8), ((9, 9), 9, 1)],
+)
+def test_the_shortest_way_that_leaves_as_many_pixels_as_are_asked_for(
+    size: tuple[int, int], most: int, expected: int
+) -> None:
+    assert _reduction(*size, most) == expected
+    assert -(-max(size) // expected) >= most

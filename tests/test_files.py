@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -58,3 +60,16 @@ def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
     write_beside(pipe, b"new")
     reader.join(10)
     assert read == [b"new"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="no /dev/stdout")
+def test_a_nameless_pipe_is_written_to() -> None:
+    code = "from perco_engine.files import write_beside; write_beside('/dev/stdout', b'new')"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"new"
+
+
+def test_links_that_lead_nowhere_are_os_errors(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_beside(tmp_path / "a", b"new")

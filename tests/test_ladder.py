@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.rates import Grid, RatePoint
@@ -15,9 +16,8 @@ GRIDS = ((32, 16), (16, 16), (8, 8))
 def ladder() -> HyperLadder:
     torch.manual_seed(0)
     model = HyperLadder(latent_channels=4, grids=GRIDS, width=8).eval()
+    fill(model)
     for level in model.levels:
-        level.quantizer._codebook.embed.normal_()
-        level.quantizer._codebook.initted.fill_(1)
         torch.nn.init.normal_(level.leave[-1].weight, std=0.05)
     return model
 

@@ -5,18 +5,21 @@ import gc
 import io
 import multiprocessing
 import pickle
+import struct
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import opened_size
+from conftest import opened_size, peak_bytes
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 import pillow_perco
-from perco_engine.pixels import as_seen
+from perco_engine import get_engine
+from perco_engine.pixels import alpha_mask, as_seen
 from pillow_perco.PercoImagePlugin import PercoImageFile
 
 
@@ -143,16 +146,20 @@ def test_max_bytes_takes_the_best_that_fits(photo: Image.Image) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "says"),
     [
-        {"bpp": 0}, {"bpp": -1}, {"bpp": float("nan")}, {"bpp": "0.1"}, {"max_bytes": 0}, {"max_bytes": 1.5},
-        {"caption": 3}, {"caption": "x" * 4097}, {"seed": -1}, {"seed": 2**32}, {"seed": 1.0}, {"alpha": "no"},
-        {"exif": "text"}, {"icc_profile": 1}, {"bpp": True}, {"bpp": 10**400}, {"max_bytes": True}, {"seed": True},
-        {"model": 3}, {"model": b"embedded"}, {"device": "toaster"}, {"device": "cuda:77"}, {"best_of": 2.0},
+        *(({"bpp": value}, "bpp must be") for value in (0, -1, float("nan"), "0.1", True, 10**400)),
+        *(({"max_bytes": value}, "max_bytes must be an integer") for value in (0, 1.5, True)),
+        *(({"seed": value}, "seed must be an integer from 0") for value in (-1, 2**32, 1.0, True)),
+        ({"caption": 3}, "caption must be of type str"), ({"caption": "x" * 4097}, "the format holds 4096"),
+        ({"alpha": "no"}, "alpha must be of type bool"), ({"exif": "text"}, "exif must be bytes"),
+        ({"icc_profile": 1}, "icc_profile must be bytes"), ({"best_of": 2.0}, "best_of must be an integer"),
+        ({"model": 3}, "model"), ({"model": b"embedded"}, "model"), ({"device": "toaster"}, "'toaster' cannot be used"),
+        ({"device": "cuda:77"}, "'cuda:77' cannot be used"), ({"device": ["cpu"]}, "the device must be named"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_value_errors(options: dict[str, object], photo: Image.Image) -> None:
-    with pytest.raises(ValueError, match=r"\w"):
+def test_wrong_values_are_value_errors(options: dict[str, object], says: str, photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match=says):
         saved(photo, **options)
 
 
@@ -330,14 +337,117 @@ def test_palettes_with_many_transparent_colours(photo: Image.Image, tiny_model: 
         assert opened(saved(image, model=tiny_model)).mode == "RGBA"
 
 
-def test_palettes_with_a_profile(photo: Image.Image) -> None:
-    """Colours of a palette are the profile's too: here one whose red and blue primaries are exchanged."""
+def exchanged() -> bytes:
+    """A colour profile whose red and blue primaries are exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * data[131], 12)}
     red, blue = (data[tags[name] + 4 : tags[name] + 12] for name in (b"rXYZ", b"bXYZ"))
     data[tags[b"rXYZ"] + 4 : tags[b"rXYZ"] + 12], data[tags[b"bXYZ"] + 4 : tags[b"bXYZ"] + 12] = blue, red
+    return bytes(data)
+
+
+def test_palettes_with_a_profile(photo: Image.Image) -> None:
+    """Colours of a palette are the profile's too."""
     palette = photo.quantize(64)
     plain = palette.convert("RGB")
-    palette.info["icc_profile"] = bytes(data)
+    palette.info["icc_profile"] = exchanged()
     seen = np.asarray(as_seen(palette), int)
     assert np.abs(seen - np.asarray(plain, int)[..., ::-1]).max() <= 3
+
+
+def linear_grey() -> bytes:
+    """A colour profile of grey, one of whose tones is half as light where its value is (gamma 1; ICC.1:2022)."""
+    tags = {
+        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
+        b"kTRC": b"curv\0\0\0\0" + struct.pack(">IHH", 1, 256, 0),
+    }
+    body, table, at = b"", struct.pack(">I", len(tags)), 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", at + len(body), len(tag) // 4 * 4)
+        body += tag[: len(tag) // 4 * 4]
+    header = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + body
+
+
+def test_a_profile_of_grey_is_of_no_picture_in_colour(photo: Image.Image) -> None:
+    """It is converted with, and not stored: the file's pixels are RGB."""
+    grey = Image.new("L", (64, 64), 55)
+    seen = np.asarray(as_seen(with_profile(grey, linear_grey())))
+    assert abs(int(seen[0, 0, 0]) - 127) < 4  # linear 0.216 is 0.5 in sRGB
+    again = opened(saved(grey, icc_profile=linear_grey(), bpp=0.13))
+    assert "icc_profile" not in again.info
+    assert abs(pixels(again).mean() - 127) < 8
+    assert opened(saved(photo, icc_profile=exchanged())).info["icc_profile"] == exchanged()
+
+
+def with_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    image.info["icc_profile"] = profile
+    return image
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "colour key", "palette of RGBA", "16 bits", "grey key"])
+def test_opacity_of_every_kind_is_kept_with_a_profile_or_without(kind: str, photo: Image.Image) -> None:
+    """Its left half lets everything through."""
+    half = Image.new("L", photo.size, 255)
+    half.paste(0, (0, 0, 96, 128))
+    whole = photo.convert("RGBA")
+    whole.putalpha(half)
+    if kind == "palette of RGBA":
+        image = whole.quantize(32)
+        assert "transparency" not in image.info
+    elif kind == "16 bits":
+        samples = np.asarray(photo.convert("L")).astype(np.uint16) * 200 + 7
+        samples[:, :96] = 1000
+        image = Image.fromarray(samples)
+        image.info["transparency"] = 1000
+    elif kind in ("colour key", "grey key"):
+        image = photo.convert("RGB" if kind == "colour key" else "L")
+        key: Any = (1, 2, 3) if kind == "colour key" else 77
+        image = image.point(lambda value: value | 128)
+        image.paste(key, (0, 0, 96, 128))
+        image.info["transparency"] = key
+    else:
+        image = whole.convert(kind)
+    for profile in (None, linear_grey() if image.mode in ("LA", "L", "I;16") else exchanged()):
+        if profile:
+            image.info["icc_profile"] = profile
+        mask = alpha_mask(as_seen(image))
+        assert mask is not None
+        assert mask.samples[:, :11].max() <= 2 and mask.samples[:, 13:].min() == 15, (kind, profile and len(profile))
+
+
+def test_a_picture_that_is_decoded_only_now_can_be_encoded(photo: Image.Image, tiny_model: Path) -> None:
+    """By the same engine, which does one thing at a time."""
+    engine = get_engine(tiny_model)
+    picture, made = opened(engine.encode(photo)), list[bytes]()
+    thread = threading.Thread(target=lambda: made.append(engine.encode(picture)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert made == [engine.encode(opened(engine.encode(photo)).copy())]
+
+
+def test_threads_that_save_one_picture_have_each_their_own_options(photo: Image.Image, tiny_model: Path) -> None:
+    image = photo.copy()
+    options = [{"bpp": 1e-3, "seed": 1}, {"bpp": 1.0, "seed": 2}, {"caption": "a"}]
+    alone = [saved(photo, model=tiny_model, **one) for one in options]
+    assert len(set(alone)) == 3
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda one: saved(image, model=tiny_model, **one), options * 4))
+    assert together == alone * 4
+    assert saved(image, model=tiny_model) == saved(photo, model=tiny_model)
+
+
+def test_a_small_file_takes_no_memory_of_a_large_one(photo: Image.Image) -> None:
+    data = saved(photo)
+    assert peak_bytes(lambda: opened(data).close()) < 4 << 20
+
+
+def test_options_that_are_not_for_the_model_are_told_when_it_decodes(photo: Image.Image) -> None:
+    data = saved(photo)
+    pillow_perco.register_perco_opener(steps=100_000)
+    try:
+        with pytest.raises(OSError, match="1000"):
+            opened(data).load()
+    finally:
+        pillow_perco.register_perco_opener()

@@ -13,7 +13,8 @@ from conftest import PHOTO
 from PIL import Image
 
 import pillow_perco
-from perco_engine import devices, get_engine, search
+from perco_engine import devices, features, get_engine, search
+from perco_engine.choice import choose
 from perco_engine.devices import half_precision
 from perco_engine.engine import Engine
 from perco_engine.models.perceptual import FeatureDistance
@@ -21,7 +22,6 @@ from perco_engine.pixels import to_tensor
 from pillow_perco.cli import main
 
 PARITY = Path(__file__).parent / "parity"
-DEMO = Path(pillow_perco.__file__).parent / "demo.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def distances(stranger: FeatureDistance, engine: Engine, data: bytes, photo: Ima
 @pytest.mark.parametrize("bpp", [0.008, 0.03, 0.13])
 def test_what_is_searched_for_is_nearer_in_as_many_bytes(stranger: FeatureDistance, bpp: float) -> None:
     engine = get_engine()
-    with Image.open(DEMO) as whole:
+    with Image.open(PHOTO) as whole:
         photo = whole.convert("RGB").resize((480, 320))  # of smaller ones some come no nearer
     plain, searched = engine.encode(photo, bpp=bpp), engine.encode(photo, bpp=bpp, effort=8)
     assert abs(len(searched) - len(plain)) <= 4 + len(plain) // 20
@@ -208,3 +208,25 @@ def test_a_search_in_inference_mode() -> None:
     with torch.inference_mode():
         assert get_engine().encode(image, bpp=0.008, effort=1) == expected
     assert get_engine().encode(image, bpp=0.008, effort=1) == expected
+
+
+def test_at_the_lowest_rate_steps_that_lead_astray_are_not_kept(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = get_engine()
+    monkeypatch.setattr(search, "REACH", -5.0)  # uphill
+    astray = engine.codes(engine.encode(photo, bpp=0.002, effort=3))
+    latents = engine.pipeline.encode_latents(engine.pipeline.pad(to_tensor([photo])))
+    (begun,) = choose(engine.pipeline.hyper_enc, engine.prior, latents, 0, thrift=search.THRIFT)
+    assert (astray.indices[0] == begun[0].numpy()).all()
+
+
+def test_what_torch_computes_in_by_default_is_of_no_matter(photo: Image.Image) -> None:
+    engine = get_engine()
+    expected = engine.encode(photo, bpp=0.008, effort=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert features._Network(torch.device("cpu")).network(*to_tensor([photo, photo])[:, None].float()).item() == 0
+        assert engine.encode(photo, bpp=0.008, effort=1) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

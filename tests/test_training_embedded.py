@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import fill
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,9 +90,7 @@ def beginning(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pat
     shutil.copytree(tiny_model, folder)
     torch.manual_seed(0)
     ladder = HyperLadder(latent_channels=4, grids=((32, 16), (16, 16), (8, 16)), width=8)
-    for level in ladder.levels:
-        level.quantizer._codebook.embed.normal_()
-        level.quantizer._codebook.initted.fill_(1)
+    fill(ladder)
     ladder.save_pretrained(folder / "hyper_enc")
     return folder
 

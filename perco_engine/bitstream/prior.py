@@ -144,14 +144,18 @@ class Prior:
         except (OSError, SafetensorError, ValueError, IndexError) as error:
             raise InvalidModel(f"cannot read {path}: {error}") from error
 
+    def check(self, point: RatePoint) -> None:
+        """Raises InvalidModel unless this prior is of the codebooks of a rate point."""
+        sizes = [grid.codebook_size for grid in point.grids]
+        if sizes != [len(self._tensors.get(f"{k}.embedding", ())) for k in range(len(sizes))]:
+            raise InvalidModel(f"the prior of this model is not one for codebooks of {sizes}")
+
     def walk(self, point: RatePoint, width_px: int, height_px: int, code: Code) -> Iterator[NDArray[np.int32]]:
         """The grids of indices of a picture, (rows, columns) int32, coarse to fine, as `code` gives them part by part.
 
         Raises InvalidModel where the rate point is of another ladder than the prior.
         """
-        sizes = [grid.codebook_size for grid in point.grids]
-        if sizes != [len(self._tensors.get(f"{k}.embedding", ())) for k in range(len(sizes))]:
-            raise InvalidModel(f"the prior of this model is not one for codebooks of {sizes}")
+        self.check(point)
         state: Array | None = None
         coarser = 0
         for level, (grid_of, (rows, columns)) in enumerate(

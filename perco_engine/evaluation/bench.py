@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -116,7 +117,8 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
             target.write_bytes(data)
             name = f"perco-thumbnailer at {point.bpp} bpp, cold process (s)"
             figures[name] = _thumbnailer_seconds(target, Path(folder) / "thumbnail.png", times)
-        figures["peak memory of a save and a load (MB)"] = _fresh_process(_PEAK, str(source), str(target), times=1)
+        if find_spec("resource"):  # which Windows lacks
+            figures["peak memory of a save and a load (MB)"] = _fresh_process(_PEAK, str(source), str(target), times=1)
     for point, data in zip(points, files, strict=True):
         figures[f"file at {point.bpp} bpp (bytes)"] = len(data)
         encoding = partial(engine.encode, photo, bpp=point.bpp)

@@ -28,6 +28,7 @@ class Codec:
     lowest: the coarsest quality; HIGHEST_QUALITY is the finest.
     options: of Pillow's save, beside the quality.
     largest_scale: smaller pictures are not tried, where the format's own bytes leave nothing to gain.
+    most_side_px: what the format, or its encoder, takes.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Codec:
     lowest: int
     options: Mapping[str, Any] = field(default_factory=dict)
     largest_scale: float = SCALES[-1]
+    most_side_px: int = 65535
 
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """Those of SCALES that are tried."""
-        return tuple(scale for scale in SCALES if scale <= self.largest_scale)
+    def scales(self, size: tuple[int, int]) -> tuple[float, ...]:
+        """Those of SCALES that are tried of a picture of this size."""
+        least = max(size) / self.most_side_px
+        return tuple(scale for scale in SCALES if least <= scale <= self.largest_scale)
 
     @property
     def told(self) -> str:
@@ -59,8 +61,8 @@ class Codec:
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("jpeg", "JPEG", 1, {"format": "JPEG", "optimize": True}),
-        Codec("webp", "WebP", 0, {"format": "WEBP", "method": 6}),
+        Codec("jpeg", "JPEG", 1, {"format": "JPEG", "optimize": True}, most_side_px=65500),
+        Codec("webp", "WebP", 0, {"format": "WEBP", "method": 6}, most_side_px=16383),
         Codec("avif", "AVIF", 0, {"format": "AVIF", "speed": 6, "autotiling": False}, 12),  # tiles cost bytes
         Codec("jxl", "JPEG XL", 0, {"format": "JXL", "effort": 7}),
     )

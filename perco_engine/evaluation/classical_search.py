@@ -79,7 +79,7 @@ class _Trials:
         self._photo, self._codec, self._version, self._lines = photo, codec, version, lines
         self._scorer = cache(lambda metric: judges[metric](photo))
         self._data: dict[tuple[float, int], bytes] = {}
-        self._tried: dict[float, dict[int, Candidate]] = {scale: {} for scale in codec.scales}
+        self._tried: dict[float, dict[int, Candidate]] = {scale: {} for scale in codec.scales(photo.size)}
         self._unkept: list[Candidate] = []
         for line in lines:
             if _key(line)[:2] == (codec.name, version) and line["scale"] in self._tried:
@@ -91,7 +91,7 @@ class _Trials:
         likely_scale: where to begin if nothing is known, as the best in another metric.
         Returns the scale of the best file; None if no file fits.
         """
-        finest = {scale: one for scale in self._codec.scales if (one := self._finest(scale, budget_bytes))}
+        finest = {scale: one for scale in self._tried if (one := self._finest(scale, budget_bytes))}
         fitting, sign = list(finest), -1 if METRICS[metric].higher_is_better else 1
         known = {scale: told for scale, one in finest.items() if (told := self._estimate(one, metric)) is not None}
         ahead = [] if known else fitting[::3] if likely_scale is None else [likely_scale]
@@ -175,11 +175,15 @@ class Task:
 
 def search(tasks: Sequence[Task], jobs: int = 1, tell: Callable[[str], None] = lambda _: None) -> None:
     """Searches for every photo, in so many processes at a time."""
-    for task, count in zip(tasks, _counts(tasks, jobs), strict=True):
-        tell(f"{task.photo.name}: {count} classical files")
+    alike: dict[str, list[Task]] = {}  # photos of the same bytes have one file of what was tried: one after the other
+    for task in tasks:
+        alike.setdefault(task.photo.sha256, []).append(task)
+    for told in _told(list(alike.values()), jobs):
+        for line in told:
+            tell(line)
 
 
-def _counts(tasks: Sequence[Task], jobs: int) -> Iterator[int]:
+def _told(tasks: Sequence[Sequence[Task]], jobs: int) -> Iterator[list[str]]:
     if jobs == 1 or len(tasks) < 2:
         yield from map(_search, tasks)
         return
@@ -188,12 +192,16 @@ def _counts(tasks: Sequence[Task], jobs: int) -> Iterator[int]:
         yield from pool.map(_search, tasks)
 
 
-def _search(task: Task) -> int:
-    """Does a task; returns how many files are known of the photo."""
-    available(task.versions)  # a spawned process knows no formats of plugins yet
-    image, judges = task.photo.read(), _judges(task.metrics, task.device)
-    searched = Search(task.folder, task.photo, task.versions)
-    return sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
+def _search(tasks: Sequence[Task]) -> list[str]:
+    """Does tasks, one after the other; tells of each how many files are known of the photo."""
+    told = []
+    for task in tasks:
+        available(task.versions)  # a spawned process knows no formats of plugins yet
+        image, judges = task.photo.read(), _judges(task.metrics, task.device)
+        searched = Search(task.folder, task.photo, task.versions)
+        count = sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
+        told.append(f"{task.photo.name}: {count} classical files")
+    return told
 
 
 @cache

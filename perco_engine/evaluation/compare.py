@@ -248,8 +248,9 @@ def _best(row: Row, names: Sequence[str]) -> dict[str, float]:
 def _figure(key: str, shown: Shown, best: dict[str, float]) -> str:
     """A picture of the page.  best: the values of its row that are set in bold."""
     buffer = io.BytesIO()
-    shown.picture.save(buffer, "WEBP", lossless=True)
-    source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    kind = "WEBP" if max(shown.picture.size) <= classical.CODECS["webp"].most_side_px else "PNG"
+    shown.picture.save(buffer, kind, lossless=True)
+    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
     told = [f"<strong>{escape(shown.title)}</strong>"]
     if shown.size_bytes is not None:
         told.append(f"<div>{shown.size_bytes:,} bytes</div>")

@@ -25,6 +25,7 @@ from ..batch_options import DecodeOptions, EncodeOptions
 from ..captioner import caption_pictures, get_captioner
 from ..engine import get_engine
 from ..errors import EvaluationError, PercoError
+from ..family import FamilyEngine
 from ..picture_files import UNREADABLE
 from ..version import __version__
 from . import classical, classical_search, distributions, metrics
@@ -81,7 +82,7 @@ class Run:
 
     described: what all lines have in common.  judges: of the metrics that can be had.  codecs: versions of those that
     can.  missing: why the other metrics and codecs cannot.  photos: those that were evaluated.  skipped: why others
-    were not.  warm: whether the networks ran before.
+    were not.  warm: rates of a family whose networks ran before; None: of another model.
     """
 
     settings: Settings
@@ -95,7 +96,7 @@ class Run:
     missing: dict[str, str]
     photos: list[Photo] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    warm: bool = False
+    warm: set[float | None] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -103,8 +104,10 @@ class Run:
         return Path(self.settings.model).name
 
     def find(self, photo: Photo, bpp: float, steps: int | None) -> Line | None:
-        """What was found of this photo, if anything."""
-        return self.lines.get((photo.name, photo.sha256, photo.sidecar, bpp, steps))
+        """What was found of this photo, if anything: last of all, since its files are the last ones."""
+        line = self.lines.get((photo.name, bpp, steps))
+        known = line is not None and (line["sha256"], line["sidecar"]) == (photo.sha256, photo.sidecar)
+        return line if known else None
 
     def line(self, photo: Photo, bpp: float, steps: int | None) -> Line:
         """What was found of this photo, which was evaluated."""
@@ -175,7 +178,7 @@ def _open(settings: Settings) -> Run:
         engine,
         tuple(points[k] for k in chosen),
         described,
-        Lines(settings.out / "results.jsonl", lambda a: (a["photo"], a["sha256"], a["sidecar"], a["bpp"], a["steps"])),
+        Lines(settings.out / "results.jsonl", lambda a: (a["photo"], a["bpp"], a["steps"])),
         Lines(settings.out / "sets.jsonl", lambda a: (a["metric"], a["bpp"], a["steps"], a["photos"])),
         judges,
         codecs,
@@ -235,10 +238,11 @@ def _code(
 ) -> None:
     """Encodes a photo at one rate, decodes it with each number of steps, and writes down what there is to say."""
     out = run.settings.out
-    if not run.warm:  # what the first call of a network allocates or compiles is no photo's time
+    networks = point.bpp if isinstance(run.engine, FamilyEngine) else None
+    if networks not in run.warm:  # what the first call of a network loads or compiles is no photo's time
         warming = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
         run.engine.decode(warming, steps=all_steps[0])
-        run.warm = True
+        run.warm.add(networks)
     start = time.perf_counter()
     data = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
     encode_s = time.perf_counter() - start

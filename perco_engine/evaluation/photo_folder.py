@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image
 
 from .. import pixels
+from ..bitstream.chunks import MAX_CAPTION_BYTES
+from ..bitstream.header import MAX_SIDE_PX
 from ..errors import EvaluationError
-from ..picture_files import sidecar_caption
-
-MOST_SIDE_PX = 65535
+from ..picture_files import readable_suffixes, sidecar, sidecar_caption
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Photo:
         with Image.open(self.path) as picture:
             photo = pixels.to_rgb(pixels.as_seen(picture)).copy()
         photo.info = {}  # classical files of it are not to carry what .perco files do not
-        if max(photo.size) > MOST_SIDE_PX:
-            raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MOST_SIDE_PX}")
+        if max(photo.size) > MAX_SIDE_PX:
+            raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MAX_SIDE_PX}")
         return photo
 
 
@@ -46,8 +46,7 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
 
     Raises EvaluationError if there is none.
     """
-    Image.init()
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".perco"}
+    kinds = readable_suffixes()
     paths = [
         path
         for path in sorted(folder.rglob("*"))
@@ -55,7 +54,7 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
     ]
     if not paths:
         raise EvaluationError(f"there is no picture in {folder}: name a folder of photos")
-    stems = Counter(path.with_suffix("") for path in paths)
+    stems = Counter([path.with_suffix("") for path in paths] + paths)
     return [_photo(folder, path, shared=stems[path.with_suffix("")] > 1) for path in paths[:limit]]
 
 
@@ -68,6 +67,9 @@ def _photo(folder: Path, path: Path, shared: bool) -> Photo:
     name = path.relative_to(folder)
     names = path, name.as_posix(), (name if shared else name.with_suffix("")).as_posix()
     try:
-        return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), sidecar_caption(path))
+        caption = sidecar_caption(path)
+        if len((caption or "").encode()) > MAX_CAPTION_BYTES:
+            raise ValueError(f"its caption has more than {MAX_CAPTION_BYTES} bytes: shorten {sidecar(path)}")
+        return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), caption)
     except (OSError, ValueError) as error:
         return Photo(*names, "", None, str(error))

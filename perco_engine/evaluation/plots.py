@@ -12,6 +12,10 @@ PUBLISHED_STYLES = (("#636363", "--"), ("#969696", "-."), ("#636363", ":"), ("#9
 MARKERS = {"jpeg": "v", "webp": "^", "avif": "s", "jxl": "D", None: "*"}
 
 
+STYLE = {"svg.hashsalt": "perco", "svg.fonttype": "none", "font.size": 10, "text.parse_math": False}
+"""Names of models are shown as they are, whatever is in them."""
+
+
 @dataclass(frozen=True)
 class Series:
     """Points (bits per pixel, value) under one name.
@@ -34,14 +38,15 @@ def figure(title: str, label: str, metric: str, series: Iterable[Series]) -> dic
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    with rc_context({"svg.hashsalt": "perco", "svg.fonttype": "none", "font.size": 10}):
+    with rc_context(STYLE):
         plot = Figure(figsize=(8, 6), layout="constrained")
         axes = plot.add_subplot()
         own = 0
         for one in series:
             x, y = zip(*sorted(one.points), strict=True)
             if one.codec == "":
-                axes.plot(x, y, "o-", color=OURS[own % len(OURS)], label=one.label, linewidth=2, markersize=5, zorder=3)
+                label_of = f" {one.label}"  # with "_" at its beginning, it would be left out
+                axes.plot(x, y, "o-", color=OURS[own % len(OURS)], label=label_of, linewidth=2, markersize=5, zorder=3)
                 own += 1
             else:
                 size, order = (22, 4) if one.codec else (150, 2)  # a star behind the mark of the codec that is best

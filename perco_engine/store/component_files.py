@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ SAFETENSORS, PICKLE, INDEX = ".safetensors", ".bin", ".index.json"
 SETTINGS_SUFFIXES = (".json", ".txt")
 
 
-_DOCUMENT = re.compile(r"(licen[cs]e|copying|notice|readme|model[-_ ]?card|use[-_ ]?policy)", re.IGNORECASE)
+DOCUMENTS = ("license*", "licence*", "copying*", "notice*", "readme*", "model*card*", "*policy*")
+"""Of a licence or a card, whatever their case."""
+
 MAX_DOCUMENT_BYTES = 1 << 20
 
 MOST_SHARED = 4
@@ -34,7 +36,7 @@ BASE_DOCUMENTS = "base"
 def is_document(name: str) -> bool:
     """Whether a path in an installed model is of a licence or a card, which no network depends on."""
     parent, _, file_name = name.rpartition("/")
-    return parent in ("", BASE_DOCUMENTS) and bool(_DOCUMENT.match(file_name))
+    return parent in ("", BASE_DOCUMENTS) and any(fnmatchcase(file_name.lower(), one) for one in DOCUMENTS)
 
 
 def bring_documents(source: Path, target: Path) -> None:

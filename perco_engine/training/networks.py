@@ -27,12 +27,21 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FROZEN = ("vae", "text_encoder", "tokenizer")
 
 
+def check_base(model: Model) -> None:
+    """Raises InvalidSettings unless the base is a model folder, or named like a repository."""
+    folder = Path(model.base)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise InvalidSettings(f"model.base: {folder} is no model folder, which has a model_index.json")
+    elif model.base.count("/") != 1 or model.base.startswith(("/", ".")):
+        raise InvalidSettings(f"model.base: there is no folder {model.base}, and it is no repository OWNER/NAME")
+
+
 def base_folder(model: Model) -> Path:
     """The folder of the model that training starts from.  Raises InvalidSettings, ModelUnavailable."""
+    check_base(model)
     if Path(model.base).is_dir():
         return Path(model.base)
-    if model.base.count("/") != 1 or model.base.startswith(("/", ".")):
-        raise InvalidSettings(f"model.base: there is no folder {model.base}, and it is no repository OWNER/NAME")
     try:
         return download(model.base, components=(*FROZEN, "unet", "hyper_enc", "scheduler")).folder
     except ModelUnavailable as error:

@@ -9,6 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..errors import InvalidSettings
@@ -16,7 +17,7 @@ from ..pipeline import PercoPipeline
 from ..prompts import embed
 from . import lpips, networks
 from .captions import Captioned
-from .checkpoints import Checkpoints, Progress
+from .checkpoints import Checkpoints, Progress, check_gradient
 from .crops import Crop, Crops, collate
 from .journal import Journal, Tell
 from .objective import PercoObjective, draw
@@ -25,7 +26,7 @@ from .processes import accelerated
 from .settings import Objective, Optimizer, PercoSd, WebdatasetData
 from .shards import ShardCrops, open_shards
 from .sources import open_source
-from .validation import Validation
+from .validation import Validation, open_photos
 
 MODEL = "model"
 """The finished model's folder, in the run's."""
@@ -73,6 +74,7 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
         parts |= {} if averaged is None else {"averaged": averaged}
         checkpoints = Checkpoints(accelerator, settings.run / "checkpoints", settings.checkpoints, parts, progress)
         if checkpoints.load():
+            apply(settings.optimizer, optimizer, schedule)
             say(f"goes on after step {progress.step}")
         if averaged is not None:
             averaged.to(accelerator.device)
@@ -86,7 +88,9 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
                         loss, figures = wrapped(*inputs(pipeline, captions, settings, batch))
                         accelerator.backward(loss)
                         if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(weights, settings.optimizer.clip)
+                            norm = accelerator.clip_grad_norm_(weights, settings.optimizer.clip)
+                            if accelerator.scaler is None:  # which leaves such steps out by itself
+                                check_gradient(norm, progress.step)
                         optimizer.step()
                         optimizer.zero_grad(set_to_none=True)
                     journal.add(figures)
@@ -123,6 +127,9 @@ def check(settings: PercoSd) -> None:
         open_shards(settings.data)
     else:
         open_source(settings.data, "train")
+    networks.check_base(settings.model)
+    if settings.validation is not None:
+        open_photos(settings.validation, settings.data)
     optimizer_class(settings.optimizer)
     start = settings.model.hyper_encoder
     if start is not None and wants_lpips(settings.objective, start.bpp):
@@ -193,6 +200,16 @@ def new_optimizer(weights: list[nn.Parameter], settings: Optimizer) -> torch.opt
         weight_decay=settings.weight_decay,
     )
     return optimizer
+
+
+def apply(settings: Optimizer, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    """Gives an optimizer and a schedule that come from a checkpoint the settings of now."""
+    schedule.base_lrs = [settings.learning_rate] * len(optimizer.param_groups)
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        rate = settings.learning_rate * factor(schedule.last_epoch)
+        group |= {"lr": rate, "initial_lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2)}
+        group |= {"eps": settings.epsilon, "weight_decay": settings.weight_decay}
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def optimizer_class(settings: Optimizer) -> Any:

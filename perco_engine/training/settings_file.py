@@ -120,6 +120,13 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield f"model.hyper_encoder.bpp must be one of {', '.join(str(p.bpp) for p in PERCO_SD)}, not {start.bpp}"
     if settings.captions.source == "table" and settings.captions.table is None:
         yield "captions.table is missing: name the .csv or .parquet file, or take another captions.source"
+    if settings.captions.source != "table" and settings.captions.table is not None:
+        yield f'captions.table is of captions.source = "table", and not of "{settings.captions.source}": set that, too'
+    if settings.captions.source != "captioner" and settings.captions.captioner != Captions().captioner:
+        yield 'captions.captioner is of captions.source = "captioner": set that, too'
+    grid = settings.objective.timestep_grid
+    if grid is not None and grid > 1000:
+        yield f"objective.timestep_grid must be at most 1000, the noise levels that there are, not {grid}"
     if isinstance(settings.data, WebdatasetData) and settings.validation and settings.validation.folder is None:
         yield "validation.folder is missing: a webdataset has no held-out photos, so name a folder of some"
 

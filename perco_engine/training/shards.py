@@ -4,7 +4,6 @@ import io
 import itertools
 import random
 from collections.abc import Iterator
-from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,13 @@ class ShardCrops(IterableDataset[Crop]):
                 except UNREADABLE as error:
                     skip(error)
                     continue
-                with closing(stream):
+                try:
                     yield {"url": shard, "stream": stream}
+                finally:
+                    try:
+                        stream.close()
+                    except UNREADABLE as error:  # the program that it comes from has failed
+                        skip(error)
 
         opened: list[str] = []
         for epoch in itertools.count():

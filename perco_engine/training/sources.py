@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import pixels
 from ..errors import InvalidSettings
-from ..picture_files import UNREADABLE, sidecar_caption
+from ..picture_files import UNREADABLE, readable_suffixes, sidecar_caption
 from .settings import FolderData, Listed, OpenImagesData, TfdsData
 
 SPLITS = ("train", "held-out")
@@ -105,8 +105,7 @@ def _files(data: FolderData | OpenImagesData, split: str) -> Source:
             raise InvalidSettings(f"data.manifest: split must be {' or '.join(SPLITS)}, not {min(unknown)!r}")
         return Files(data.folder, _chosen([row["file"] for row in rows if row["split"] == split], data, None))
     else:
-        Image.init()
-        kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".perco"}
+        kinds = readable_suffixes()
         paths = sorted(path for path in data.folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
         names = [path.relative_to(data.folder).as_posix() for path in paths]
     return Files(data.folder, _chosen(names, data, split))
@@ -143,6 +142,10 @@ def _tfds(data: TfdsData, split: str) -> Source:
             label.decode() if isinstance(label, bytes) else str(label) for label in (one[data.label] for one in found)
         ]
     numbers = {name: number for number, name in enumerate(names)}
+    if len(numbers) < len(names):
+        raise InvalidSettings(
+            f"data.label: several photos have the same {data.label}: name a feature that tells them apart"
+        )
     kept = _chosen(names, data, split)
     return Tfds(found, [numbers[name] for name in kept], kept, data.image)
 

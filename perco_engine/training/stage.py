@@ -19,7 +19,8 @@ from ..model_folder import progress_bars_off
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.unet import UNet2DConditionModel
-from .checkpoints import Checkpoints, Progress
+from . import checkpoints
+from .checkpoints import Checkpoints, Progress, check_gradient
 from .crops import Crop, Crops, collate
 from .embedded_settings import Clock, Embedded, StageName
 from .journal import Journal, Tell
@@ -114,7 +115,7 @@ class Run:
 
     def is_new(self, stage: StageName) -> bool:
         """Whether a stage has no checkpoint to go on from."""
-        return not any((self.folder(stage) / "checkpoints").glob("step-*[0-9]"))
+        return not checkpoints.found(self.folder(stage) / "checkpoints")
 
     def rng(self, stage: StageName, step: int) -> random.Random:
         """A step's random numbers, the same in all processes, whenever the run was broken off."""
@@ -177,10 +178,8 @@ class Stage:
         stream: of several, each with an order of its own.  done: batches that were seen; default one a step.
         """
         seed = self.run.settings.seed + stream
-        crops, done = (
-            Crops(self.run.source, random_crop, side, seed, ENDLESS),
-            self.progress.step if done is None else done,
-        )
+        crops = Crops(self.run.source, random_crop, side, seed, ENDLESS)
+        done = self.progress.step if done is None else done
         loader = self.accelerator.prepare_data_loader(
             DataLoader(
                 crops,
@@ -237,7 +236,7 @@ class Stage:
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         self._reduce()
-        self.accelerator.clip_grad_norm_(self.modules.parameters(), 1.0)
+        check_gradient(self.accelerator.clip_grad_norm_(self.modules.parameters(), 1.0), self.progress.step)
         self.optimizer.step()
         decay = min(0.998, (self.progress.step + 1) / (self.progress.step + 10))
         with torch.no_grad():

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, NotFinite
 from ..picture_files import UNREADABLE
 from ..pipeline import PercoPipeline
 from ..prompts import embed
@@ -18,12 +18,23 @@ from .captions import Captioned
 from .journal import Journal
 from .objective import PercoObjective, draw
 from .photos import middle, to_tensor
-from .settings import FolderData, PercoSd, WebdatasetData
+from .settings import Data, FolderData, PercoSd, WebdatasetData
 from .settings import Validation as When
-from .sources import open_source
+from .sources import Source, open_source
 
 LEVELS = 8
 """Draws of noise, spread over its levels, that the loss of a photo is the mean of."""
+
+
+def open_photos(when: When, data: Data) -> Source:
+    """The photos that validation takes its own from.  Raises InvalidSettings where there are none."""
+    if when.folder is not None:
+        return open_source(FolderData(source="folder", folder=when.folder), "train")
+    assert not isinstance(data, WebdatasetData)  # which needs a folder: settings.contradictions
+    try:
+        return open_source(data, "held-out")
+    except InvalidSettings as error:
+        raise InvalidSettings(f"validation: {error}; or name another folder in validation.folder") from error
 
 
 class Validation:
@@ -41,14 +52,7 @@ class Validation:
         when = settings.validation
         if when is None:
             return None
-        if when.folder is not None:
-            source = open_source(FolderData(source="folder", folder=when.folder), "train")
-        else:
-            assert not isinstance(settings.data, WebdatasetData)  # which needs a folder: settings.contradictions
-            try:
-                source = open_source(settings.data, "held-out")
-            except InvalidSettings as error:
-                raise InvalidSettings(f"validation: {error}; or name another folder in validation.folder") from error
+        source = open_photos(when, settings.data)
         photos, told = list[Image.Image](), list[str]()
         for number, name in enumerate(source.names):
             if len(photos) == when.photos:
@@ -79,6 +83,9 @@ class Validation:
             with accelerator.autocast():
                 pictures = [self._coded(pipeline, k) for k in range(len(self.photos))]
                 losses = [self._loss(pipeline, objective, k, accelerator.device) for k in range(len(self.photos))]
+        except NotFinite as error:
+            journal.tell(f"step {step}: the photos of validation were not coded ({error})")
+            return
         finally:
             objective.train()
             if averaged is not None:
