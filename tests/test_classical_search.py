@@ -138,3 +138,29 @@ def test_perco_peers(folder: Path, photo: Image.Image, tmp_path: Path) -> None:
     assert lines[-1].startswith("- broken.jpg: left out, cannot be read: cannot identify")
     wrong = CliRunner().invoke(main, ["peers", str(folder), *options[:-1], "gif"])
     assert wrong.exit_code == 1 and "'gif' is none of jpeg, webp, avif, jxl" in wrong.output
+
+
+def test_formats_are_tried_at_sizes_that_they_take(tmp_path: Path) -> None:
+    sizes = [(16384, 16), (65501, 16), (70000, 16), (16383, 16)]
+    least = {name: [classical.CODECS[name].scales(size)[0] for size in sizes] for name in ("webp", "jpeg", "avif")}
+    assert least == {"webp": [1.5, 4, 6, 1], "jpeg": [1, 1.5, 1.5, 1], "avif": [1, 1, 1.5, 1]}
+    Image.new("RGB", (16390, 8)).save(tmp_path / "wide.png")
+    photo, (versions, _) = find_photos(tmp_path, tmp_path / "x")[0], classical.available(["webp"])
+    judges = metrics.load(["psnr"], torch.device("cpu"))[0]
+    tried = Search(tmp_path / "kept", photo, versions).run(photo.read(), classical.CODECS["webp"], [3000], judges)
+    assert tried and min(one.scale for one in tried) == 1.5
+
+
+def test_photos_of_the_same_bytes_are_searched_one_after_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    photos, given = find_photos(folder, tmp_path / "kept"), list[list[str]]()
+    monkeypatch.setattr(
+        classical_search, "_search", lambda tasks: given.append([t.photo.name for t in tasks]) or ["told"] * len(tasks)
+    )
+    told: list[str] = []
+    versions = classical.available(["webp"])[0]
+    tasks = [Task(photo, tmp_path / "kept", versions, [400], ("psnr",), torch.device("cpu")) for photo in photos]
+    classical_search.search(tasks, 2, told.append)
+    assert given == [["a.png", "b.png"]] and told == ["told", "told"]

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from perco_engine.bitstream import read_header
 from perco_engine.errors import EvaluationError
 from perco_engine.evaluation import classical, coco, distributions, metrics, published, report
 from perco_engine.evaluation.evaluate import Run, Settings, evaluate
@@ -346,3 +347,44 @@ def test_what_photos_carry_beside_their_pixels_is_left_out(photo: Image.Image, t
 def test_summaries_of_photos_of_any_name(settings: Settings) -> None:
     (settings.folder / "broken.jpg").rename(settings.folder / os.fsdecode(b"caf\xe9.jpg"))
     assert "- caf\\xe9.jpg: " in report.write(evaluate(settings))
+
+
+def test_what_was_changed_and_changed_back_is_done_again(settings: Settings) -> None:
+    """There is one file of a photo: that of its last caption."""
+    evaluate(settings)
+    caption = settings.folder / "more" / "b.txt"
+    caption.write_text("something else")
+    evaluate(settings)
+    caption.write_text("a barn owl\n")
+    run = evaluate(settings)
+    (photo,) = (photo for photo in run.photos if photo.name == "more/b.png")
+    line = run.line(photo, run.points[0].bpp, 0)
+    file = (settings.out / line["file"]).read_bytes()
+    assert line["caption"] == read_header(file).caption == "a barn owl"
+    count = len(lines(run))
+    evaluate(settings)
+    assert len(lines(run)) == count
+
+
+def test_names_that_end_like_files_are_kept_apart(folder: Path, photo: Image.Image) -> None:
+    for name in ("a.jpg", "a.jpg.png"):
+        photo.save(folder / name)
+    places = [one.place for one in find_photos(folder, folder / "out")]
+    assert places == ["a.jpg", "a.jpg.png", "a.png", "broken", "more/b"]
+
+
+def test_a_caption_that_no_file_can_hold_costs_its_photo(settings: Settings) -> None:
+    (settings.folder / "a.txt").write_text("x" * 4097)
+    run = evaluate(settings)
+    assert [photo.name for photo in run.photos] == ["more/b.png"]
+    assert run.skipped["a.png"] == (
+        f"cannot be read: its caption has more than 4096 bytes: shorten {settings.folder / 'a.txt'}"
+    )
+
+
+def test_names_of_models_are_shown_as_they_are() -> None:
+    pytest.importorskip("matplotlib")
+    from perco_engine.evaluation import plots
+
+    files = plots.figure("cost_$5_$7", "PSNR", "psnr", [plots.Series("_x $1", [(0.1, 0.8), (0.01, 0.6)])])
+    assert "cost_$5_$7" in files["svg"].decode() and "_x $1" in files["svg"].decode()

@@ -34,8 +34,10 @@ from perco_engine.family import FamilyEngine
 from perco_engine.models.hyper_encoder import ElicHyperEncoder
 from perco_engine.models.unet import UNet2DConditionModel
 from perco_engine.pipeline import PercoPipeline
+from perco_engine.rates import Grid
 from perco_engine.store import check, install, inventory, resume
 from perco_engine.store.component_files import convert_pickle, is_there
+from perco_engine.training.prior import PriorNetwork
 from pillow_perco.cli import main
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
@@ -670,6 +672,12 @@ def test_what_the_hub_has_given_is_installed_at_its_revision(
 
     blob = (snapshot / "unet" / WEIGHTS).resolve()
     data = blob.read_bytes()
+    # Where repositories share what they have in common, a blob is itself a link, to a file of another name.
+    shared = tmp_path / "cache" / "blobs" / ("ab" * 32)
+    shared.parent.mkdir()
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert install.pull("somebody/perco-low", revision=commit, name="shared", family="none").name == "shared"
     blob.unlink()
     blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InvalidModel, match=r"unet/.* is not what the hub has: delete .*pull again"):
@@ -929,12 +937,30 @@ def test_a_prior_comes_along(store: Path, tiny_model: Path, tmp_path: Path) -> N
     """Without it an installed model would write other bytes than its folder, and have another fingerprint."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
     (folder / PRIOR_FILE).parent.mkdir(exist_ok=True)
-    save_prior(prior_tensors(), folder / PRIOR_FILE)
+    save_prior(PriorNetwork([Grid(32, 16), Grid(16, 16), Grid(8, 8)]).integers(), folder / PRIOR_FILE)
     installed = install.import_folder(folder)
     assert PRIOR_FILE in installed.files and installed.fingerprint == weights.fingerprint(folder)
     (folder / PRIOR_FILE).write_bytes(b"{")
     with pytest.raises(InvalidModel, match=f"cannot read {folder / PRIOR_FILE}"):
         install.import_folder(folder, name="other")
+    save_prior(prior_tensors(), folder / PRIOR_FILE)
+    with pytest.raises(InvalidModel, match="the prior of this model is not one for codebooks of"):
+        install.import_folder(folder, name="other")
+
+
+def test_models_of_any_name_are_verified(store: Path, sources: dict[str, Path]) -> None:
+    install.import_folder(sources["low"], name="good")
+    shutil.copytree(sources["low"], store / "my model")
+    result = perco("models", "verify")
+    assert result.exit_code == 1 and "good: ok" in result.output and "my model: was put here by hand" in result.output
+    assert "part of this package" in perco("models", "verify", "embedded").output
+
+
+@pytest.mark.parametrize("name", ["NOTICE.txt", "copying", "MODEL_CARD.md", "acceptable_use_policy.md", "Licence"])
+def test_documents_that_are_downloaded_are_installed(name: str, loopback: loopback_hub.Hub, store: Path) -> None:
+    (loopback.repositories["somebody/perco-low"][1] / name).write_text("read this")
+    assert perco("models", "pull", "somebody/perco-low").exit_code == 0
+    assert (store / "perco-sd-0.0019" / name).read_text() == "read this"
 
 
 def test_two_processes_fetch_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

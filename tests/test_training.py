@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from perco_engine import weights
-from perco_engine.errors import InvalidModel, InvalidSettings, TrainingError
+from perco_engine.errors import InvalidModel, InvalidSettings, NotFinite, TrainingError
 from perco_engine.pipeline import PercoPipeline
 from perco_engine.store import install
-from perco_engine.training import lpips, networks
-from perco_engine.training.journal import read_log
+from perco_engine.training import checkpoints, lpips, networks
+from perco_engine.training.journal import Journal, read_log
 from perco_engine.training.objective import PercoObjective, draw, noise_levels
 from perco_engine.training.settings import HyperEncoderStart, Learn, Objective
 from perco_engine.training.train import train
@@ -383,7 +384,9 @@ def test_damaged_photos_are_counted(latent_diffusion: Path, eight: Path, tmp_pat
     [
         ({"optimizer": {"kind": "adamw-8bit"}}, 'optimizer.kind: "adamw-8bit" needs the package'),
         ({"model": {"base": "nowhere"}}, "model.base: there is no folder nowhere"),
+        ({"model": {"base": "."}}, "is no model folder, which has a model_index.json"),
         ({"data": {"held_out": 0.0}, "validation": {}}, "validation: data: there is no held-out photo"),
+        ({"validation": {"folder": "nowhere"}}, "data.folder: there is no folder"),
     ],
 )
 def test_what_cannot_be_had_is_told(
@@ -396,9 +399,86 @@ def test_what_cannot_be_had_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as if it was not installed
     config = write_settings(tmp_path, latent_diffusion, eight, **tables)
+    monkeypatch.setattr(networks, "load", lambda *_: pytest.fail("the base was loaded before that was seen"))
     with pytest.raises(InvalidSettings) as error:
         train(config, lambda text: None)
     assert told in str(error.value)
+
+
+def test_figures_may_be_of_any_device(tmp_path: Path) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("meta"), is_main_process=False, log_with=[])
+    journal = Journal(accelerator, tmp_path, 1, print)
+    journal.add({"loss": torch.zeros(()), "learning_rate": 1e-3})
+    assert {value.device.type for values in journal.sums.values() for value in values} == {"meta"}
+
+
+def test_checkpoints_are_the_folders_that_a_run_names(tmp_path: Path) -> None:
+    for name in ("step-00000300", "step-00000500", "step-00000300-good", "step-00000500.bak", "step-00000600.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["step-00000300", "step-00000500"]
+
+
+def test_what_is_set_anew_holds_when_a_run_goes_on(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    """The rate, which the checkpoint's schedule has, and how many batches make a step, which accelerate counts."""
+    options: dict[str, Any] = {"steps": 3, "batch_size": 6, "micro_batch_size": 2}
+    train(write_settings(tmp_path, latent_diffusion, eight, optimizer=options), lambda text: None)
+    options |= {"steps": 5, "micro_batch_size": 1, "learning_rate": 1e-5, "weight_decay": 0.0}
+    config = write_settings(tmp_path, latent_diffusion, eight, optimizer=options)
+    seen: list[tuple[float, float, int]] = []
+    step, count = torch.optim.AdamW.step, 0
+
+    def watched(self: Any, *given: Any, **named: Any) -> Any:
+        seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"], count))
+        return step(self, *given, **named)
+
+    forward = PercoObjective.forward
+
+    def counted(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        return forward(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        patch.setattr(PercoObjective, "forward", counted)
+        train(config, lambda text: None)
+    assert seen == [(1e-5, 0.0, 6), (1e-5, 0.0, 12)]
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(
+    latent_diffusion: Path, eight: Path, tmp_path: Path
+) -> None:
+    config = write_settings(tmp_path, latent_diffusion, eight, checkpoints={"every_steps": 1, "keep": 1})
+    forward, calls = PercoObjective.forward, list[int]()
+
+    def spoilt(*given: Any) -> Any:
+        calls.append(1)
+        loss, figures = forward(*given)
+        return loss * (float("inf") if len(calls) == 3 else 1), figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PercoObjective, "forward", spoilt)
+        with pytest.raises(TrainingError, match="the gradient after step 2 is not finite"):
+            train(config, lambda text: None)
+    (kept,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    assert kept.name == "step-00000002"
+    assert all(value.isfinite().all() for value in load_file(kept / "unet.safetensors").values())
+    train(config, lambda text: None)
+    assert losses(tmp_path)[-1] < float("inf")
+
+
+def test_validation_that_cannot_be_coded_ends_no_run(
+    latent_diffusion: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise NotFinite("the picture has values that are no numbers")
+
+    monkeypatch.setattr(PercoPipeline, "decode_indices", fails)
+    validation = {"every_steps": 2, "photos": 1, "folder": str(eight), "inference_steps": 1}
+    told: list[str] = []
+    train(write_settings(tmp_path, latent_diffusion, eight, validation=validation), told.append)
+    assert "step 2: the photos of validation were not coded (the picture has values that are no numbers)" in told
+    assert len(losses(tmp_path)) == 4
 
 
 # LPIPS.

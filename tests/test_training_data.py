@@ -118,6 +118,9 @@ def test_tensorflow_datasets_is_optional(monkeypatch: pytest.MonkeyPatch) -> Non
     source = open_source(data, "train")
     assert list(source.names) == ["3.jpg", "1.jpg"]
     assert [source.read(k).size for k in range(2)] == [(9, 8), (9, 8)] and source.read(1).mode == "RGB"
+    pictures[1]["file_name"] = pictures[0]["file_name"]
+    with pytest.raises(InvalidSettings, match=r"data\.label: several photos have the same file_name"):
+        open_source(data, "train")
 
 
 def crops(tree: Path, count: int = 24, **data: Any) -> Crops:
@@ -303,3 +306,12 @@ def test_names_in_tables(written: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"file,caption\n{written},an owl\n")
     captions = Captioned(Captions(source="table", table=tmp_path / "x.csv"), tmp_path)
     assert captions(["deep/a.png", "deep/b.png"], [None, None], PIXELS) == ["an owl", ""]
+
+
+def test_a_shard_that_breaks_off_is_left_out(shards: WebdatasetData, tmp_path: Path) -> None:
+    """As curl does where a connection is lost: after a part of the shard the program fails."""
+    broken = f"pipe:head -c 2500 {tmp_path / '1.tar'}; exit 56"
+    data = WebdatasetData(source="webdataset", shards=(broken, str(tmp_path / "0.tar")), workers=0, shuffle=1)
+    found = take(stream(data), 30)
+    assert len(found) == 30 and {f"0{k}" for k in (0, 1, 2, 4, 5)} <= {crop["name"] for crop in found}
+    assert broken in {name for crop in found for name in crop["skipped"]}
