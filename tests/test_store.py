@@ -17,7 +17,7 @@ import loopback_hub
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import opened_size
+from conftest import fill, opened_size
 from PIL import Image
 from safetensors.numpy import save_file as save_prior
 from safetensors.torch import load_file, save_file
@@ -32,6 +32,7 @@ from perco_engine.engine import Engine
 from perco_engine.errors import BudgetTooSmall, InvalidModel, ModelUnavailable, UnsupportedRatePoint
 from perco_engine.family import FamilyEngine
 from perco_engine.models.hyper_encoder import ElicHyperEncoder
+from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
 from perco_engine.pipeline import PercoPipeline
 from perco_engine.rates import Grid
@@ -937,7 +938,11 @@ def test_a_prior_comes_along(store: Path, tiny_model: Path, tmp_path: Path) -> N
     """Without it an installed model would write other bytes than its folder, and have another fingerprint."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
     (folder / PRIOR_FILE).parent.mkdir(exist_ok=True)
-    save_prior(PriorNetwork([Grid(32, 16), Grid(16, 16), Grid(8, 8)]).integers(), folder / PRIOR_FILE)
+    grids = ((32, 16), (16, 16), (8, 16))  # a prior has no smaller codebooks
+    ladder = HyperLadder(latent_channels=4, grids=grids, width=8)
+    fill(ladder)
+    ladder.save_pretrained(folder / "hyper_enc")
+    save_prior(PriorNetwork([Grid(*grid) for grid in grids]).integers(), folder / PRIOR_FILE)
     installed = install.import_folder(folder)
     assert PRIOR_FILE in installed.files and installed.fingerprint == weights.fingerprint(folder)
     (folder / PRIOR_FILE).write_bytes(b"{")
