@@ -65,7 +65,7 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.argument("source", type=INPUT)
 @click.argument("target", type=OUTPUT)
 @click.option(
-    "--bpp", type=float, help="Nominal bits a pixel; the model's nearest rate point is taken.  [default: 0.03]"
+    "--bpp", type=float, help="Nominal bits a pixel; the model's nearest rate point.  [default: 0.03; with --max-bytes, the best that fits]"
 )
 @click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")

@@ -44,7 +44,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--overwrite", "existing", flag_value="overwrite", help="Replace files that are there already.")
 @click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
 @click.option(
-    "--bpp", type=click.FloatRange(0, min_open=True), help="To .perco: nominal bits a pixel.  [default: 0.03]"
+    "--bpp", type=click.FloatRange(0, min_open=True), help="To .perco: nominal bits a pixel.  [default: 0.03; with --max-bytes, the best that fits]"
 )
 @click.option("--max-bytes", type=click.IntRange(1), help="To .perco: hard limit on every file; the best that fits.")
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
@@ -52,7 +52,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
 @click.option(
     "--effort", type=click.IntRange(0, 100),
-    help="To .perco: steps of a search for better codes.  [default: 4 up to a megapixel, 8 at the lowest rate]",
+    help="To .perco: steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(

@@ -76,7 +76,10 @@ def uninstall(**where: Any) -> None:
 
 @desktop.command()
 def status() -> None:
-    """Tell which points are installed, and whether each would really work; 1 where one of them does not, or none is."""
+    """Tell which points are installed, and whether each would really work; 1 where one of them does not, or none is.
+
+    Looked at is what is yours and what is below /usr/local.
+    """
     from .desktop import check
 
     faults = 0

@@ -8,7 +8,7 @@ import click
 OUT = click.Path(file_okay=False, path_type=Path)
 EFFORT = click.option(
     "--effort", type=click.IntRange(0, 100),
-    help="Steps of a search for better codes.  [default: 4 up to a megapixel, 8 at the lowest rate]",
+    help="Steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
 )  # fmt: skip
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 

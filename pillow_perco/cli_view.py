@@ -50,7 +50,7 @@ def view(
 
 @click.group()
 def service() -> None:
-    """The warm engine that short commands share: it starts when one needs it, and ends when none does."""
+    """The warm engine of `perco view`: it starts when that needs it, and ends when nobody does."""
 
 
 @service.command()

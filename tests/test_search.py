@@ -68,7 +68,17 @@ def test_unless_told_otherwise_it_searches_where_that_is_quick_and_pays(
     assert engine.encode(photo, bpp=0.03) == engine.encode(photo, bpp=0.03, effort=None) == searched
     assert engine.encode(photo, bpp=0.002) == lowest
     monkeypatch.setattr(search, "USUAL_PIXELS", photo.width * photo.height - 1)
+    assert engine.encode(photo, bpp=0.03) == engine.encode(photo, bpp=0.03, effort=3)
+    monkeypatch.setattr(search, "USUAL_PIXELS", photo.width * photo.height // 4 - 1)
     assert engine.encode(photo, bpp=0.03) == plain
+
+
+def test_larger_pictures_are_searched_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "USUAL_PIXELS", 2**20)
+    pipeline = get_engine().pipeline
+    heights = (16, 1024, 1025, 1365, 1366, 2048, 4096, 4097, 8192, 8193)
+    assert [search.usual_steps(pipeline, 1, 1024, height) for height in heights] == [4, 4, 3, 3, 2, 2, 1, 0, 0, 0]
+    assert [search.usual_steps(pipeline, 0, 1024, height) for height in heights] == [8, 8, 7, 6, 5, 4, 2, 1, 1, 0]
 
 
 def test_unless_told_otherwise_models_without_a_ladder_are_not_searched(

@@ -55,11 +55,11 @@ def findings() -> Iterator[Finding]:
     installed = [place for place in (user, system) if place is not None and place.manifest.exists()]
     for place in (user, system):
         if place is not None:
-            yield from _files(place, wanted=place in installed or (not installed and place is user))
+            yield from _files(place, wanted=place in installed or not installed)
     if not installed:
         return
     yield from _database(installed)
-    yield from _helper(installed, user)
+    yield from _helper(installed)
     yield from _failures()
 
 
@@ -67,7 +67,7 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
     """Whether what was installed is there, and current."""
     name, mend = ("desktop, system", install_system()) if place.is_system else ("desktop, this user", INSTALL)
     if not place.manifest.exists():
-        yield Finding(name, "not installed", mend if wanted else "")
+        yield Finding(name, "not installed", mend if wanted else "", fault=not place.is_system)
         return
     try:
         manifest = Manifest.read(place.manifest)
@@ -125,7 +125,7 @@ def thumbnailer_of(place: Place) -> Path | None:
     return None
 
 
-def _helper(installed: list[Place], user: Place | None) -> Iterator[Finding]:
+def _helper(installed: list[Place]) -> Iterator[Finding]:
     """Whether file managers can run the thumbnailer, GNOME's sandbox included."""
     for place in installed:
         if _is_left_to_system(place):
