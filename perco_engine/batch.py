@@ -24,14 +24,15 @@ from PIL import Image
 from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
-from .conversion import Task, told
+from .codes import MAX_FILE_BYTES
+from .conversion import Task
 from .errors import PercoError
+from .printable import printable
 
 READERS = WRITERS = 2
 PIXELS_IN_FLIGHT = 48 << 20
 """Some hundred megabytes of pictures that are read, at work, or to be written."""
 
-MAX_FILE_BYTES = 256 << 20
 """Of a .perco file: what the plugin takes."""
 
 STOP_SECONDS = 0.5
@@ -281,13 +282,13 @@ class _Work:
         if not os.path.lexists(task.target):
             return
         if not self._settings.overwrite:
-            raise FileExistsError(f"{told(task.target)} is there already: --overwrite replaces it")
+            raise FileExistsError(f"{printable(task.target)} is there already: --overwrite replaces it")
         if not task.target.exists():  # a link to what is not there yet
             return
         other = self._made.get(_file_number(task.target))
         # that it is there still: the number of a file that is gone is given to others
         if other and other.target != task.target and other.target.exists() and other.target.samefile(task.target):
-            raise FileExistsError(f"it would become the same file as {told(other.source)}: rename one of them")
+            raise FileExistsError(f"it would become the same file as {printable(other.source)}: rename one of them")
 
 
 def _file_number(path: Path) -> tuple[int, int]:

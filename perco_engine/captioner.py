@@ -24,6 +24,7 @@ from .bitstream.chunks import MAX_CAPTION_BYTES
 from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
 from .model_folder import progress_bars_off
+from .options import whole_number
 from .pixels import to_rgb
 
 Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
@@ -69,9 +70,7 @@ class _ModelCaptioner(ABC):
     max_new_tokens: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
-        limit = self.max_new_tokens
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_TOKENS:
-            raise ValueError(f"max_new_tokens must be 1 to {MAX_TOKENS}, not {limit!r}")
+        whole_number("max_new_tokens", self.max_new_tokens, 1, MAX_TOKENS)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """One caption for each picture, of any Pillow mode; the same picture gives the same on the same machine.

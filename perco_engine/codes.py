@@ -16,6 +16,11 @@ DEFAULT_SEED = 0
 """The noise seed of a file that does not name one."""
 
 
+MIME_TYPE = "image/x-perco"
+
+MAX_FILE_BYTES = 256 << 20
+"""Of a .perco file that is read: none needs to be larger."""
+
 MAX_PIXELS = 178_956_970
 """The largest picture that is decoded: what Pillow by default refuses as a decompression bomb."""
 

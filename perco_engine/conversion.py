@@ -11,11 +11,9 @@ from pathlib import Path
 
 from . import picture_files
 from .errors import ConversionError
+from .printable import MOST_TOLD, printable
 
 PERCO = ".perco"
-
-MOST_TOLD = 5
-"""How many files a message names."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def plan(request: Request) -> list[Task]:
         named_like_a_file = not request.destination.endswith(("/", os.sep)) and _is_picture_name(destination)
         if not destination.is_dir() and (destination.exists() or named_like_a_file):
             raise ConversionError(
-                f"{told(destination)} is no folder: several files need one to go to; end a new one's name with /"
+                f"{printable(destination)} is no folder: several files need one to go to; end a new one's name with /"
             )
         found = list(find(request))
         suffix = suffix or _likely_suffix(found)
@@ -161,18 +159,6 @@ def existing(tasks: Iterable[Task]) -> list[Task]:
     return [task for task in tasks if not task.problem and os.path.lexists(task.target)]
 
 
-def told(path: str | os.PathLike[str]) -> str:
-    """A path as a line of text can hold it, whatever bytes and control characters are in its name."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def some(paths: Sequence[str | os.PathLike[str]]) -> str:
-    """The first of these paths, and how many more there are."""
-    named = ", ".join(told(path) for path in paths[:MOST_TOLD])
-    return named if len(paths) <= MOST_TOLD else f"{named} and {len(paths) - MOST_TOLD} more"
-
-
 def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]]:
     """The files that one source names: the folder that their place is relative to, the file, whether it was scanned.
 
@@ -187,7 +173,7 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]
     else:
         matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
         if not matches:
-            raise ConversionError(f"{told(text)} matches nothing")
+            raise ConversionError(f"{printable(text)} matches nothing")
         base = _base(path) if "**" in path.parts else None
         for match in matches:
             if match.is_dir():
@@ -227,11 +213,11 @@ def _single_target(request: Request, suffix: str | None) -> Task | None:
     kind = destination.suffix.lower()
     if not _is_picture_name(destination):
         raise ConversionError(
-            f"{told(destination)}: no picture format can be written under this name; try .png, or end the name of a "
-            f"folder with /"
+            f"{printable(destination)}: no picture format can be written under this name; try .png, or end the name "
+            f"of a folder with /"
         )
     if suffix is not None and suffix != kind:
-        raise ConversionError(f"{told(destination)} is to be written, and {suffix} is asked for: name one of them")
+        raise ConversionError(f"{printable(destination)} is to be written, and {suffix} is asked for: name one of them")
     return Task(source, destination)
 
 
@@ -248,10 +234,10 @@ def _check(tasks: Sequence[Task]) -> None:
     tasks = [task for task in tasks if not task.problem]
     for task in tasks:
         if task.encodes and is_perco(task.source):
-            raise ConversionError(f"{told(task.source)} is a .perco file already")
+            raise ConversionError(f"{printable(task.source)} is a .perco file already")
         if not task.encodes and not is_perco(task.source):
             raise ConversionError(
-                f"{told(task.source)} to {told(task.target.name)}: one of the two has to be a .perco file"
+                f"{printable(task.source)} to {printable(task.target.name)}: one of the two has to be a .perco file"
             )
     sources = {_identity(task.source): task.source for task in tasks}
     targets: dict[str, Task] = {}
@@ -259,10 +245,10 @@ def _check(tasks: Sequence[Task]) -> None:
     for task in tasks:
         target = _identity(task.target)
         if target in sources:
-            raise ConversionError(f"{told(sources[target])} is to be converted and would be written over")
+            raise ConversionError(f"{printable(sources[target])} is to be converted and would be written over")
         other = targets.setdefault(target, task)
         if other is not task:
-            clashes.append(f"{told(other.source)} and {told(task.source)} (both {told(task.target)})")
+            clashes.append(f"{printable(other.source)} and {printable(task.source)} (both {printable(task.target)})")
     if clashes:
         more = f" and {len(clashes) - MOST_TOLD} more such pairs" if len(clashes) > MOST_TOLD else ""
         raise ConversionError(

@@ -47,13 +47,6 @@ class RatePoint:
         """How many indices a picture of this size has in all."""
         return sum(rows * columns for rows, columns in self.shapes(width_px, height_px))
 
-    def information_bits(self, width_px: int, height_px: int) -> float:
-        """Bits that uniformly distributed indices carry for a picture of this size."""
-        return sum(
-            rows * columns * math.log2(grid.codebook_size)
-            for grid, (rows, columns) in zip(self.grids, self.shapes(width_px, height_px), strict=True)
-        )
-
 
 def ladder(*grids: Grid, bpp: Sequence[float] = ()) -> tuple[RatePoint, ...]:
     """The rate points of a ladder: point k holds the first k + 1 grids.

@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from .bitstream.prior import Prior
 from .choice import choose
 from .devices import half_precision
-from .features import lite0
+from .lite0 import lite0
 from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance

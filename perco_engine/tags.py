@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .devices import usable_device
-from .features import lite0
+from .lite0 import lite0
 from .pixels import to_rgb, to_tensor
 
 SIDE_PX = 224

@@ -9,7 +9,6 @@ shown leaves no OUTPUT.
 """
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from .errors import LimitExceeded, ModelUnavailable, PercoError
-from .thumbnails import LARGEST_PX, keys, png, uri
+from .thumbnails import LARGEST_PX, keys, png, thumbnail_name, uri
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ def write(source: Path, target: Path, picture: "Image.Image") -> None:
     """
     if target.exists() and source.samefile(target):
         raise ValueError(f"{target} is the picture itself: name another file for its thumbnail")
-    cached = target.name == hashlib.md5(uri(source).encode(), usedforsecurity=False).hexdigest() + ".png"
+    cached = target.name == thumbnail_name(uri(source))
     data = png(picture, keys(source) if cached else {"Software": "pillow-perco"})
     if cached:
         from .files import write_beside

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from . import files
+from .codes import MIME_TYPE
 from .errors import PercoError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ SIZES_PX = {"xx-large": 1024, "x-large": 512, "large": 256, "normal": 128}
 LARGEST_PX = SIZES_PX["xx-large"]
 """What a picture has to have on its longer side for the largest thumbnail."""
 
-MIME_TYPE = "image/x-perco"
 
 _UNESCAPED = "!$&'()*+,-./:=@_~"
 """What GLib leaves as it is in the path of a file's URI, besides letters and digits.  The hash is of the very bytes of
@@ -73,16 +73,16 @@ def cache_paths(file_uri: str) -> dict[str, Path]:
     folder = cache_folder()
     if folder is None:
         return {}
-    return {size: folder / size / _name(file_uri) for size in SIZES_PX}
+    return {size: folder / size / thumbnail_name(file_uri) for size in SIZES_PX}
 
 
 def failed_entries(file_uri: str) -> list[Path]:
     """What programs have noted in the cache about their failure to make thumbnails of a URI."""
     folder = cache_folder()
-    return [] if folder is None else sorted((folder / "fail").glob(f"*/{_name(file_uri)}"))
+    return [] if folder is None else sorted((folder / "fail").glob(f"*/{thumbnail_name(file_uri)}"))
 
 
-def _name(file_uri: str) -> str:
+def thumbnail_name(file_uri: str) -> str:
     return hashlib.md5(file_uri.encode(), usedforsecurity=False).hexdigest() + ".png"
 
 

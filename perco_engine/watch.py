@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .conversion import PERCO, Request, Source, Task, find, is_perco, told
+from .conversion import PERCO, Request, Source, Task, find, is_perco
+from .printable import printable
 
 POLL_SECONDS = 0.5
 
@@ -78,9 +79,9 @@ def _is_settled(one: Source, state: State, changing: dict[Path, tuple[State, flo
 def _problem(target: Path, owner: Path, source: Path, overwrite: bool) -> str:
     """Why a file is not to be converted to this target, or ""."""
     if owner != source and owner.exists():
-        return f"it would become the same file as {told(owner)}: rename one of them"
+        return f"it would become the same file as {printable(owner)}: rename one of them"
     if target.exists() and not overwrite:
-        return f"{told(target)} is there already: --overwrite replaces it"
+        return f"{printable(target)} is there already: --overwrite replaces it"
     return ""
 
 

@@ -14,11 +14,10 @@ from PIL import Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
-from perco_engine.codes import EXIF_PREFIX, Metadata, is_of_other_pixels
+from perco_engine.codes import EXIF_PREFIX, MAX_FILE_BYTES, MIME_TYPE, Metadata, is_of_other_pixels
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
 from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
-MAX_FILE_BYTES = 256 << 20
 BLOCK_BYTES = 1 << 20
 REDUCTIONS = (8, 4, 2)
 
@@ -236,7 +235,7 @@ def register(options: OpenerOptions | None = None) -> None:
     Image.register_open(PercoImageFile.format, factory, _accept)
     Image.register_save(PercoImageFile.format, _save)
     Image.register_extension(PercoImageFile.format, ".perco")
-    Image.register_mime(PercoImageFile.format, "image/x-perco")
+    Image.register_mime(PercoImageFile.format, MIME_TYPE)
 
 
 register()

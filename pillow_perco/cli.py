@@ -10,15 +10,16 @@ from PIL import Image
 
 import pillow_perco
 from perco_engine import bitstream, conversion, picture_files
-from perco_engine.conversion import told
 from perco_engine.errors import PercoError
 from perco_engine.files import write_beside
+from perco_engine.printable import printable
 
 from .cli_compare import compare
 from .cli_convert import convert
 from .cli_desktop import desktop
-from .cli_evaluate import EFFORT, compare_captions, evaluate, find_peers, select_coco
+from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
+from .cli_options import EFFORT
 from .cli_train import train
 from .cli_view import service, view
 from .PercoImagePlugin import describe
@@ -65,7 +66,9 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.argument("source", type=INPUT)
 @click.argument("target", type=OUTPUT)
 @click.option(
-    "--bpp", type=float, help="Nominal bits a pixel; the model's nearest rate point.  [default: 0.03; with --max-bytes, the best that fits]"
+    "--bpp",
+    type=float,
+    help="Nominal bits a pixel; the model's nearest rate point.  [default: 0.03; with --max-bytes, the best that fits]",
 )
 @click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")
@@ -94,15 +97,17 @@ def encode(
     The picture is turned upright and converted to sRGB.  TARGET is replaced only when everything went well.
     """
     if not conversion.is_perco(target):
-        raise click.ClickException(f"{told(target)}: encode writes .perco files; end the name so, or see perco convert")
+        raise click.ClickException(
+            f"{printable(target)}: encode writes .perco files; end the name so, or see perco convert"
+        )
     if target.exists() and source.samefile(target):
-        raise click.ClickException(f"{told(target)} would be written over: choose another name")
+        raise click.ClickException(f"{printable(target)} would be written over: choose another name")
     read = read_photo(source, keep_metadata)
     photo, metadata = read.image, {name: block for name, block in vars(read.metadata).items() if block}
     pillow_perco.save(photo, target, alpha=not no_alpha, **options, **metadata)
     size = target.stat().st_size
     fill_cache(target, options["model"], thumbnailed)
-    click.echo(f"{told(target)}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
+    click.echo(f"{printable(target)}: {size} bytes, {8 * size / (photo.width * photo.height):.4f} bits per pixel")
 
 
 @main.command()
@@ -124,7 +129,7 @@ def decode(
 
     kind = picture_files.writable_kind(target.suffix)
     if kind is None:
-        raise click.ClickException(f"{told(target)}: no picture format can be written under this name; try .png")
+        raise click.ClickException(f"{printable(target)}: no picture format can be written under this name; try .png")
     data = source.read_bytes()
     header = bitstream.read_header(data)
     engine = engine_of_file(data, model)
@@ -136,7 +141,7 @@ def decode(
     pictures = [picture_files.turned(picture, header.metadata)[0] for picture in pictures]
     picture = samples_sheet(pictures, seeds) if samples else pictures[0]
     write_beside(target, picture_files.picture_bytes(picture, kind, header.metadata.colours))
-    click.echo(f"{told(target)}: {picture.width}x{picture.height} pixels")
+    click.echo(f"{printable(target)}: {picture.width}x{picture.height} pixels")
 
 
 @main.command()
@@ -153,7 +158,7 @@ def info(file: Path, as_json: bool) -> None:
     for name, value in said.items():
         if name == "bytes":
             value = ", ".join(f"{part} {size}" for part, size in value.items() if size)
-        click.echo(f"{name.replace('_', ' '):<16} {told(str(value)) if value not in ('', None) else '-'}")
+        click.echo(f"{name.replace('_', ' '):<16} {printable(str(value)) if value not in ('', None) else '-'}")
 
 
 @main.command("convert-reference")
@@ -172,7 +177,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
     converted = reference_files.convert(data, bpp)
     write_beside(target, converted)
-    click.echo(f"{told(target)}: {len(converted)} bytes, the reference's file has {len(data)}")
+    click.echo(f"{printable(target)}: {len(converted)} bytes, the reference's file has {len(data)}")
 
 
 @main.command()
@@ -188,7 +193,7 @@ def demo(photo: Path, out: Path, effort: int | None) -> None:
     sheet, table = run(read_photo(photo).image.convert("RGB"), effort=effort)
     sheet.save(out)
     click.echo(table)
-    click.echo(f"\nlook at {told(out)}")
+    click.echo(f"\nlook at {printable(out)}")
 
 
 @main.command()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from perco_engine.conversion import told
+from perco_engine.printable import printable
 
-from .cli_evaluate import EFFORT, OUT, listed
+from .cli_options import EFFORT, OUT, listed
 
 PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
 PAGE = click.Path(dir_okay=False, path_type=Path)
@@ -49,4 +49,4 @@ def compare(
         effort,
     )
     comparing.compare(photos, out, settings, lambda text: click.echo(text, err=True))
-    click.echo(f"look at {told(out)}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")
+    click.echo(f"look at {printable(out)}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")

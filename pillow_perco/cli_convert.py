@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import click
 
 from perco_engine import conversion
-from perco_engine.conversion import Request, Task, told
+from perco_engine.conversion import Request, Task
 from perco_engine.errors import ConversionError
+from perco_engine.printable import printable, some
 
+from .cli_options import EFFORT
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -44,16 +46,15 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--overwrite", "existing", flag_value="overwrite", help="Replace files that are there already.")
 @click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
 @click.option(
-    "--bpp", type=click.FloatRange(0, min_open=True), help="To .perco: nominal bits a pixel.  [default: 0.03; with --max-bytes, the best that fits]"
+    "--bpp",
+    type=click.FloatRange(0, min_open=True),
+    help="To .perco: nominal bits a pixel.  [default: 0.03; with --max-bytes, the best that fits]",
 )
 @click.option("--max-bytes", type=click.IntRange(1), help="To .perco: hard limit on every file; the best that fits.")
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
-@click.option(
-    "--effort", type=click.IntRange(0, 100),
-    help="To .perco: steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
-)  # fmt: skip
+@EFFORT
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(
     "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."
@@ -136,7 +137,7 @@ def _planned(request: Request, existing: str | None) -> tuple[list[Task], list[T
     if there and existing is None:
         raise ConversionError(
             f"{len(there)} of {len(tasks)} files to write are there already "
-            f"({conversion.some([task.target for task in there])}): say --skip-existing to go on, or --overwrite"
+            f"({some([task.target for task in there])}): say --skip-existing to go on, or --overwrite"
         )
     skipped = set(there)
     return [task for task in tasks if task not in skipped], there
@@ -170,25 +171,25 @@ class _Report:
         self.counts[status] += 1
         self.size_bytes += size_bytes
         if error:
-            self.failures.append(told(f"{told(task.source)}: {error}"))
+            self.failures.append(printable(f"{printable(task.source)}: {error}"))
             if self.total is None and not self.as_json:
                 click.echo(self.failures[-1], err=True)
         if self._bar is not None and status != "skipped":
-            self._bar.advance(told(task.source))
+            self._bar.advance(printable(task.source))
         if self.as_json:
             line: dict[str, str | int] = {"source": str(task.source), "target": str(task.target), "status": status}
             if status == "written":
                 line |= {"bytes": size_bytes, "width": size_px[0], "height": size_px[1]}
             click.echo(json.dumps(line | ({"error": error} if error else {})))
         elif status == "planned" and not self.quiet:
-            click.echo(f"{told(task.source)} -> {told(task.target)}")
+            click.echo(f"{printable(task.source)} -> {printable(task.target)}")
         elif self.total is None and status == "written" and not self.quiet and self._bar is None:
-            click.echo(f"{told(task.target)}: {size_bytes} bytes")
+            click.echo(f"{printable(task.target)}: {size_bytes} bytes")
 
     def thumbnailed(self, path: Path) -> None:
         """A file's thumbnails are in the cache; that they are not is no failure of the conversion."""
         if self._bar is not None:
-            self._bar.thumbnailed(told(path))
+            self._bar.thumbnailed(printable(path))
 
     def end(self) -> None:
         """The sum of it, and every failure."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from perco_engine.conversion import told
+from perco_engine.printable import printable
 
 FILES = click.Path(dir_okay=False, path_type=Path)  # one that is gone is told with others that fail
 
@@ -99,7 +99,9 @@ def thumbnails(folder: Path, recursive: bool, again: bool) -> None:
 
     failed = 0
     for one in fill(folder, recursive=recursive, again=again):
-        click.echo(f"{told(one.path)}: {one.error or ('made' if one.made else 'there already')}", err=bool(one.error))
+        click.echo(
+            f"{printable(one.path)}: {one.error or ('made' if one.made else 'there already')}", err=bool(one.error)
+        )
         failed += bool(one.error)
     if failed:
         raise click.ClickException(f"{failed} files have got no thumbnails")

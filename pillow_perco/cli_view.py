@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from perco_engine import service as warm
-from perco_engine.conversion import told
 from perco_engine.errors import PercoError
+from perco_engine.printable import printable
 from perco_engine.terminal import PROTOCOLS, Protocol
 
 from .desktop.menu import notify
@@ -37,7 +37,7 @@ def view(
             viewing.open_in_viewer(viewing.decoded(file, steps=steps, seed=seed, model=model))
         except (OSError, PercoError) as error:
             if not sys.stderr.isatty():  # a double-click, where nobody would see it
-                notify(f"{told(file.name)}: {error}")
+                notify(f"{printable(file.name)}: {error}")
             raise
         return
     picture = viewing.decoded(file, steps=steps, seed=seed, model=model)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from perco_engine.conversion import Request, plan, told
+from perco_engine.conversion import Request, plan
 from perco_engine.errors import ConversionError
+from perco_engine.printable import printable
 
 
 @pytest.fixture
@@ -94,9 +95,9 @@ def test_a_source_is_not_written_over_by_another_name(tree: Path) -> None:
 
 
 def test_names_as_text() -> None:
-    assert told("a\nb\x1b[2J") == "a\\nb\\x1b[2J"
-    assert told(os.fsdecode(b"\xff.jpg")) == "\\xff.jpg"
-    assert told("Käse #1 100%.jpg") == "Käse #1 100%.jpg"
+    assert printable("a\nb\x1b[2J") == "a\\nb\\x1b[2J"
+    assert printable(os.fsdecode(b"\xff.jpg")) == "\\xff.jpg"
+    assert printable("Käse #1 100%.jpg") == "Käse #1 100%.jpg"
 
 
 def test_captions_beside_photos_are_no_sources(tree: Path) -> None:

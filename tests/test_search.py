@@ -13,10 +13,11 @@ from conftest import PHOTO
 from PIL import Image
 
 import pillow_perco
-from perco_engine import devices, features, get_engine, search
+from perco_engine import devices, get_engine, search
 from perco_engine.choice import choose
 from perco_engine.devices import half_precision
 from perco_engine.engine import Engine
+from perco_engine.lite0 import _Network
 from perco_engine.models.perceptual import FeatureDistance
 from perco_engine.pixels import to_tensor
 from pillow_perco.cli import main
@@ -236,7 +237,7 @@ def test_what_torch_computes_in_by_default_is_of_no_matter(photo: Image.Image) -
     expected = engine.encode(photo, bpp=0.008, effort=1)
     torch.set_default_dtype(torch.float64)
     try:
-        assert features._Network(torch.device("cpu")).network(*to_tensor([photo, photo])[:, None].float()).item() == 0
+        assert _Network(torch.device("cpu")).network(*to_tensor([photo, photo])[:, None].float()).item() == 0
         assert engine.encode(photo, bpp=0.008, effort=1) == expected
     finally:
         torch.set_default_dtype(torch.float32)

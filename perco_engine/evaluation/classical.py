@@ -79,11 +79,6 @@ class Candidate:
     size_bytes: int
     scores: Mapping[str, float]
 
-    @property
-    def name(self) -> str:
-        """Its settings, for people."""
-        return f"{CODECS[self.codec].title} 1/{self.scale:g}, quality {self.quality}"
-
 
 def available(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The codecs of these names that this machine has, as version and options, and of the others why it has not."""

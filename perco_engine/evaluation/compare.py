@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from .. import conversion, files
+from .. import files
 from ..engine import get_engine
 from ..errors import EvaluationError
 from ..picture_files import UNREADABLE
+from ..printable import printable
 from ..rates import nearest
 from . import classical, metrics
 from .classical_search import Search
@@ -213,7 +214,7 @@ def _section(one: Comparison, number: int, names: Sequence[str]) -> Iterator[str
         figures.append("</div>")
     right = f"p{number}-{len(one.rows) // 2}-0"
     yield f'<section style="--width: {max(width, 320)}px; --ratio: {width}/{height}">'
-    yield f"<h2>{escape(conversion.told(one.name))} <span class=faint>{escape(one.original.note)}</span></h2>"
+    yield f"<h2>{escape(printable(one.name))} <span class=faint>{escape(one.original.note)}</span></h2>"
     yield "<div class=viewer>"
     yield (
         f'<div class=stage style="aspect-ratio: {width}/{height}"><img class=right alt=""><img class=left alt="">'

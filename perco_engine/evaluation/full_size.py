@@ -37,6 +37,7 @@ from ..models.unet import UNet2DConditionModel
 from ..pipeline import PercoPipeline
 from ..sampling import denoise, draw_noise, predict
 from .allocations import Allocations
+from .results import write_result
 
 Config = dict[str, Any]
 
@@ -345,9 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "parity" in result:
         print(table([result["parity"]]))
     if options.json:
-        written = options.json.with_name(options.json.name + ".part")
-        written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        written.replace(options.json)
+        write_result(options.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import conversion
 from ..picture_files import UNREADABLE
+from ..printable import printable
 from . import classical, classical_search, metrics
 from .metrics import METRICS, check_names
 from .photo_folder import find_photos
@@ -133,7 +133,7 @@ def tabulate(
         try:
             width, height = photo.read().size
         except UNREADABLE as error:
-            skipped[conversion.told(photo.name)] = f"left out, cannot be read: {error}"
+            skipped[printable(photo.name)] = f"left out, cannot be read: {error}"
             continue
         budgets = [int(bpp * width * height / 8) for bpp in bpps]
         tasks.append(classical_search.Task(photo, kept, versions, budgets, tuple(judges), device))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from .. import conversion
+from ..printable import printable
 from . import classical, plots
 from .contact_sheet import PAPER, Cell, contact_sheet
 from .distributions import SET_METRICS, SetMetric
@@ -80,8 +80,7 @@ def _heading(run: Run) -> str:
         lines.append("0 steps: the estimate in the hyper-latent itself, without the U-Net.")
     if run.skipped:
         lines.append(
-            "Left out:\n\n"
-            + "\n".join(f"- {conversion.told(name)}: {conversion.told(why)}" for name, why in run.skipped.items())
+            "Left out:\n\n" + "\n".join(f"- {printable(name)}: {printable(why)}" for name, why in run.skipped.items())
         )
     return "\n\n".join(lines)
 

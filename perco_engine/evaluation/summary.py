@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 from .distributions import SET_METRICS
-from .evaluate import Run, named, photos_mark
+from .evaluate import Run, photos_mark
 
 PARTS = ("hyper_latent", "text", "other", "total")
 
@@ -24,11 +24,6 @@ class Row:
     metrics: dict[str, tuple[float | None, int]]
     encode_s: float
     decode_s: float
-
-    @property
-    def name(self) -> str:
-        """Rate and steps, for people."""
-        return f"{self.bpp} bpp, {named(self.steps)}"
 
 
 def rows(run: Run) -> list[Row]:

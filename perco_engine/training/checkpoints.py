@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .settings import Checkpoints as When
+from .settings import CheckpointSettings
 
 PARTIAL = ".partial"
 
@@ -67,7 +67,9 @@ class Checkpoints:
     when: by steps, by minutes; also when the process is told to stop (SIGTERM, SIGINT).
     """
 
-    def __init__(self, accelerator: Any, folder: Path, when: When, parts: dict[str, Any], progress: Progress) -> None:
+    def __init__(
+        self, accelerator: Any, folder: Path, when: CheckpointSettings, parts: dict[str, Any], progress: Progress
+    ) -> None:
         self.accelerator, self.folder, self.when, self.parts, self.progress = accelerator, folder, when, parts, progress
         self.saved_s = time.monotonic()
         self.stopped = False

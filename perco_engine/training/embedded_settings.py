@@ -7,12 +7,12 @@ from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, MinLen, MultipleOf
 
-from .settings import Checkpoints, Count, ListedData, NotNegative, Positive
+from .settings import CheckpointSettings, Count, ListedData, NotNegative, Positive
 
 Side = Annotated[int, Ge(88), MultipleOf(8)]
 """Pixels a side of a crop of the embedded model: what SSIM of four scales needs, and whole latents."""
 
-EVERY_FOUR_MINUTES = Checkpoints(every_minutes=4)
+EVERY_FOUR_MINUTES = CheckpointSettings(every_minutes=4)
 
 StageName = Literal["autoencoder", "ladder", "joint", "text", "prior"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -139,5 +139,5 @@ class Embedded:
     )
     text: TextSettings = TextSettings(minutes=42, crops=((5, 256), (5, 256), (4, 256), (6, 192)), learning_rate=4e-4)
     prior: PriorSettings = PriorSettings(minutes=15, learning_rate=3e-3)
-    checkpoints: Checkpoints = EVERY_FOUR_MINUTES
+    checkpoints: CheckpointSettings = EVERY_FOUR_MINUTES
     log_every: Count = 20

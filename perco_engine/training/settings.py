@@ -125,7 +125,7 @@ class Captions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoints:
+class CheckpointSettings:
     """When the run's state is written, and how many of the newest are kept.  The end of a run always is."""
 
     every_steps: Count | None = None
@@ -243,7 +243,7 @@ class Compute:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationSettings:
     """Photos that are encoded and decoded while training, as images and curves in TensorBoard.
 
     folder: of the photos; without: held-out ones.  photos: how many.  every_steps: how often.
@@ -276,6 +276,6 @@ class PercoSd:
     learn: Learn = Learn()
     objective: Objective = Objective()
     compute: Compute = Compute()
-    checkpoints: Checkpoints = Checkpoints(every_steps=500)
+    checkpoints: CheckpointSettings = CheckpointSettings(every_steps=500)
     log_every: Count = 1
-    validation: Validation | None = None
+    validation: ValidationSettings | None = None

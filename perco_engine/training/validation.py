@@ -18,15 +18,14 @@ from .captions import Captioned
 from .journal import Journal
 from .objective import PercoObjective, draw
 from .photos import middle, to_tensor
-from .settings import Data, FolderData, PercoSd, WebdatasetData
-from .settings import Validation as When
+from .settings import Data, FolderData, PercoSd, ValidationSettings, WebdatasetData
 from .sources import Source, open_source
 
 LEVELS = 8
 """Draws of noise, spread over its levels, that the loss of a photo is the mean of."""
 
 
-def open_photos(when: When, data: Data) -> Source:
+def open_photos(when: ValidationSettings, data: Data) -> Source:
     """The photos that validation takes its own from.  Raises InvalidSettings where there are none."""
     if when.folder is not None:
         return open_source(FolderData(source="folder", folder=when.folder), "train")
@@ -43,7 +42,7 @@ class Validation:
     photos: squares of the size that is trained on.
     """
 
-    def __init__(self, when: When, photos: list[Image.Image], captions: list[str]) -> None:
+    def __init__(self, when: ValidationSettings, photos: list[Image.Image], captions: list[str]) -> None:
         self.when, self.photos, self.captions = when, photos, captions
 
     @classmethod

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from perco_engine.codes import MIME_TYPE
 from perco_engine.thumbnails import cache_folder
 
 from . import install, points
@@ -100,12 +101,12 @@ def _database(installed: list[Place]) -> Iterator[Finding]:
     """Whether a file is known by its bytes and its name."""
     mend = install_system() if installed[0].is_system else INSTALL
     caches = [place.data / "mime" / "mime.cache" for place in installed]
-    if any(b"image/x-perco" in (_read(cache) or b"") for cache in caches):
-        yield Finding("MIME database", "knows image/x-perco")
+    if any(MIME_TYPE.encode() in (_read(cache) or b"") for cache in caches):
+        yield Finding("MIME database", f"knows {MIME_TYPE}")
     elif shutil.which(install.MIME_DATABASE) is None:
         yield Finding("MIME database", f"{install.MIME_DATABASE} is missing: install shared-mime-info, then", mend)
     else:
-        yield Finding("MIME database", "does not know image/x-perco", mend)
+        yield Finding("MIME database", f"does not know {MIME_TYPE}", mend)
 
 
 def _is_left_to_system(place: Place) -> bool:
