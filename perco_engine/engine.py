@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
@@ -27,6 +29,7 @@ from .fitting import fitted
 from .memory import Placement, explained
 from .opacity import opacity
 from .options import check_seed, whole_number
+from .picture_files import within
 from .pipeline import PercoPipeline
 from .search import MOST_STEPS
 from .torchac_backend import AutomaticCoder
@@ -148,10 +151,7 @@ class Engine:
         Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, and
         ModelUnavailable or InvalidModel for the captioner.
         """
-        points = self.rate_points
-        level = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
-        if bpp is None and max_bytes is None:
-            level = rates.nearest(points, rates.DEFAULT_BPP)
+        level = self._level(bpp, highest=max_bytes is not None)
         if max_bytes is not None:
             max_bytes = whole_number("max_bytes", max_bytes, 1)
         if effort is not None:
@@ -169,15 +169,8 @@ class Engine:
                 )
         captions = choose_captions(caption, captioner, images, self.device)
         blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
-        grids: list[tuple[Any, ...]] = [()] * len(images)
-        for group in _groups([image.size for image in images]):
-            with self.at_work("encode", len(group), images[group[0]].size):
-                batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
-                encoded = self.pipeline.encode_image(batch, level, self.prior)
-            for row, k in enumerate(group):
-                grids[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in encoded)
         files = []
-        for image, indices, text, block in zip(images, grids, captions, blocks, strict=True):
+        for image, indices, text, block in zip(images, self._encoded(images, level), captions, blocks, strict=True):
             codes = Codes(
                 model=self.reference,
                 width_px=image.width,
@@ -191,6 +184,24 @@ class Engine:
             )
             files.append(fitted(self, codes, image, max_bytes, effort, best_of))
         return files
+
+    def _level(self, bpp: float | None, *, highest: bool) -> int:
+        """Which of `rate_points` is meant.  highest: the highest one where nothing is said, and not the usual one."""
+        points = self.rate_points
+        if bpp is None and highest:
+            return len(points) - 1
+        return rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
+
+    def _encoded(self, images: Sequence[Image.Image], level: int) -> list[tuple[NDArray[np.int32], ...]]:
+        """The indices of pictures, as the encoder chooses them: grids (rows, columns) for each, coarse to fine."""
+        found: list[tuple[NDArray[np.int32], ...]] = [()] * len(images)
+        for group in _groups([image.size for image in images]):
+            with self.at_work("encode", len(group), images[group[0]].size):
+                batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
+                grids = self.pipeline.encode_image(batch, level, self.prior)
+            for row, k in enumerate(group):
+                found[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in grids)
+        return found
 
     def pack(self, codes: Codes) -> bytes:
         """The file of these codes."""
@@ -320,9 +331,7 @@ def _finish(image: Image.Image, codes: Codes, max_size_px: int | None) -> Image.
     if codes.alpha is not None:
         image.putalpha(opacity(codes.alpha, codes.width_px, codes.height_px, image.size))
     if max_size_px is not None and max(image.size) > max_size_px:
-        scale = max_size_px / max(codes.width_px, codes.height_px)
-        size = max(1, round(codes.width_px * scale)), max(1, round(codes.height_px * scale))
-        image = image.resize(size, Image.Resampling.LANCZOS)
+        image = image.resize(within((codes.width_px, codes.height_px), max_size_px), Image.Resampling.LANCZOS)
     return image
 
 

@@ -70,6 +70,12 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
     return Photo(image, Metadata(exif=_exif(opened, image), xmp=xmp.encode() if isinstance(xmp, str) else xmp))
 
 
+def within(size: tuple[int, int], longer_px: int) -> tuple[int, int]:
+    """The size of a picture whose longer side becomes so many pixels; no side less than one."""
+    scale = longer_px / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def upright(picture: Image.Image) -> Image.Image:
     """The picture turned as its EXIF block says, which then says so no more; as it is where that cannot be read."""
     picture.load()

@@ -22,7 +22,7 @@ from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
 from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
 from .opacity import opacity
-from .picture_files import turned
+from .picture_files import turned, within
 from .preview_networks import PATCH, PreviewNetworks
 from .rates import Grid, RatePoint, ladder
 
@@ -166,8 +166,7 @@ def render(data: bytes, max_size_px: int) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise LimitExceeded(f"the picture has {width}x{height} pixels, more than {MAX_PIXELS}: it is not looked at")
     maker = previewer(weights.find_for_file(header.model, header.rate_point))
-    scale = max(1.0, max(width, height) / max_size_px)
-    size = max(1, round(width / scale)), max(1, round(height / scale))
+    size = within((width, height), min(max_size_px, max(width, height)))
     return turned(maker.picture(data, width, height, size), header.metadata)[0]
 
 

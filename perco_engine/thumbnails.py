@@ -107,9 +107,9 @@ def reduced(picture: "Image.Image", size_px: int) -> "Image.Image":
         return picture
     from PIL import Image
 
-    scale = size_px / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
+    from .picture_files import within
+
+    return picture.resize(within(picture.size, size_px), Image.Resampling.LANCZOS, reducing_gap=3)
 
 
 def png(picture: "Image.Image", text: dict[str, str]) -> bytes:
