@@ -26,6 +26,9 @@ class FamilyEngine:
     device, dtype: of the networks that `load` loads.
     """
 
+    steps: int | None = None
+    """The denoising steps that decoding takes by default: each checkpoint has its own."""
+
     def __init__(
         self,
         family: ModelSpec,

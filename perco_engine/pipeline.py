@@ -227,6 +227,7 @@ class PercoPipeline(DiffusionPipeline):
             features = self.local_features(indices, height, width)
             estimate = features[:, : self.unet.config.out_channels] / self.vae.config.scaling_factor
             sample = self.vae.decode_preview(estimate, reduction).float()
+            check_finite(sample, "decoder", self.vae)
             small = sample[..., : -(-height // reduction), : -(-width // reduction)]
             preview: Tensor = (small / 2 + 0.5).clamp(0, 1)
             return preview

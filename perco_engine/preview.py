@@ -20,7 +20,7 @@ from PIL import Image
 from . import bitstream, weights
 from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
-from .errors import InvalidModel, LimitExceeded, PreviewUnavailable
+from .errors import InvalidModel, LimitExceeded, NotFinite, PreviewUnavailable
 from .opacity import opacity
 from .picture_files import turned, within
 from .preview_networks import PATCH, PreviewNetworks
@@ -142,7 +142,9 @@ class Previewer:
 
 
 def as_levels(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Pixels, about 0..1, as 0..255."""
+    """Pixels, about 0..1, as 0..255.  Raises NotFinite."""
+    if not np.isfinite(pixels).all():
+        raise NotFinite("the preview has values that are no numbers: install the model's weights again")
     levels: NDArray[np.uint8] = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
     return levels
 

@@ -176,7 +176,7 @@ def is_wanted(asked: bool | None, engine: "Engine | FamilyEngine") -> bool:
 
     Never where there is no cache.  (A picture of twenty steps takes minutes on a CPU: that is not done unasked.)
     """
-    wanted = getattr(engine, "steps", 2) <= 1 if asked is None else asked
+    wanted = engine.steps in (0, 1) if asked is None else asked
     return bool(wanted) and cache_folder() is not None
 
 

@@ -1,5 +1,6 @@
 """Small pictures without torch: held against the pipeline that decodes them with it."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pillow_perco  # noqa: F401
 from perco_engine import get_engine, preview, weights
-from perco_engine.errors import BitstreamError, LimitExceeded, PreviewUnavailable, UnsupportedRatePoint
+from perco_engine.errors import BitstreamError, LimitExceeded, NotFinite, PreviewUnavailable, UnsupportedRatePoint
 from perco_engine.model_folder import load_component
 from perco_engine.store import install, preview_colours
 
@@ -162,3 +164,21 @@ def test_a_file_of_another_rate_than_its_weights(photo: Image.Image, tmp_path: P
     with pytest.raises(UnsupportedRatePoint, match=r"of 0\.03 bpp, and the weights that it names, .* 0\.008"):
         preview.Previewer(model).codes(data)
     assert preview.Previewer(replace(model, rate_point=2)).codes(data).rate_point == 2
+
+
+def test_weights_that_give_no_numbers_are_no_black_picture(
+    tiny_model: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["synthesis.bias"][:] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    engine = get_engine(folder)
+    data = engine.encode(photo)
+    with pytest.raises(NotFinite, match="install the model's weights again"):
+        preview.decode(data, 2)
+    with pytest.raises(NotFinite, match="install the model's weights again"):
+        preview.render(data, 64)
+    with pytest.raises(NotFinite, match="decoder went out of the range"):
+        engine.decode(data, max_size_px=60)
