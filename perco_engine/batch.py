@@ -33,8 +33,6 @@ READERS = WRITERS = 2
 PIXELS_IN_FLIGHT = 48 << 20
 """Some hundred megabytes of pictures that are read, at work, or to be written."""
 
-"""Of a .perco file: what the plugin takes."""
-
 STOP_SECONDS = 0.5
 """How long a file that is being written may take to be finished when the work is broken off."""
 

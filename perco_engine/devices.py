@@ -24,15 +24,15 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
     Raises ValueError, with torch's reason, for one that this machine, or this build of torch, cannot compute on.
     """
-    if device is None:
-        return best_device()
-    if not isinstance(device, (str, torch.device)):
+    if not isinstance(device, (str, torch.device, type(None))):
         raise ValueError(f'the device must be named, such as "cpu" or "cuda", not {device!r:.80}')
     return _tried(device)
 
 
 @functools.cache
-def _tried(device: str | torch.device) -> torch.device:
+def _tried(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return best_device()
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).tolist()

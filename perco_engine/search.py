@@ -153,7 +153,8 @@ def _search_tile(
             loss = lost(codes)
             # of all latents, so that no gradient is below what 16 bits can hold
             slopes = torch.autograd.grad(loss * latents[0, 0].numel(), codes)
-        seen.append((float(loss.detach()), [shift.clone() for shift in shifts]))
+        if level == 0:
+            seen.append((float(loss.detach()), [shift.clone() for shift in shifts]))
         if not units:
             units = [
                 rung.quantizer.codebook.float().std() / slope.float().square().mean().sqrt().clamp(min=1e-12)

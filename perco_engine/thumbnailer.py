@@ -162,12 +162,12 @@ def full(data: bytes, size_px: int) -> "Image.Image":
     from .bitstream import read_header
     from .picture_files import turned
 
-    metadata = read_header(data).metadata
-    if (picture := service.decode(data, max_size_px=size_px)) is not None:
-        return turned(picture, metadata)[0]
-    from .engine import engine_of_file
+    picture = service.decode(data, max_size_px=size_px)
+    if picture is None:
+        from .engine import engine_of_file
 
-    return turned(engine_of_file(data).decode(data, max_size_px=size_px), metadata)[0]
+        picture = engine_of_file(data).decode(data, max_size_px=size_px)
+    return turned(picture, read_header(data).metadata)[0]
 
 
 def write(source: Path, target: Path, picture: "Image.Image") -> None:

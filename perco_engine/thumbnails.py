@@ -30,7 +30,6 @@ SIZES_PX = {"xx-large": 1024, "x-large": 512, "large": 256, "normal": 128}
 LARGEST_PX = SIZES_PX["xx-large"]
 """What a picture has to have on its longer side for the largest thumbnail."""
 
-
 _UNESCAPED = "!$&'()*+,-./:=@_~"
 """What GLib leaves as it is in the path of a file's URI, besides letters and digits.  The hash is of the very bytes of
 the URI, so another choice, valid as it may be, finds nothing that file managers look for."""
@@ -83,6 +82,7 @@ def failed_entries(file_uri: str) -> list[Path]:
 
 
 def thumbnail_name(file_uri: str) -> str:
+    """What the cache calls the thumbnails of a URI."""
     return hashlib.md5(file_uri.encode(), usedforsecurity=False).hexdigest() + ".png"
 
 

@@ -128,20 +128,17 @@ class Checkpoints:
                     with file.open("r+b") as written:  # Windows writes through only what it may write
                         os.fsync(written.fileno())
                 partial.rename(target)
-                for old in self.found()[: -self.when.keep]:
+                for old in found(self.folder)[: -self.when.keep]:
                     shutil.rmtree(old)
             self.accelerator.wait_for_everyone()
         self.saved_s = time.monotonic()
 
-    def found(self) -> list[Path]:
-        """The checkpoints that are there, oldest first."""
-        return found(self.folder)
-
     def load(self) -> bool:
         """Goes on from the newest checkpoint, if there is one.  Raises TrainingError where it cannot be read."""
-        if not self.found():
+        there = found(self.folder)
+        if not there:
             return False
-        newest = self.found()[-1]
+        newest = there[-1]
         try:
             self.accelerator.load_state(str(newest))
         except Exception as error:  # the libraries raise whatever a wrong file leads them to
