@@ -54,8 +54,8 @@ class Metadata:
 
     @property
     def colours(self) -> Metadata:
-        """The ICC profile alone, without which the pixels' colours would be other ones; not one of other than RGB."""
-        return Metadata(icc_profile=b"" if is_of_other_pixels(self.icc_profile) else self.icc_profile)
+        """The ICC profile alone, without which the pixels' colours would be other ones."""
+        return Metadata(icc_profile=self.icc_profile)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ def _single_target(request: Request, suffix: str | None) -> Task | None:
 
 def _likely_suffix(found: Sequence[Source]) -> str:
     """.perco where there is a photo; .png where there are .perco files only."""
-    photos = [one for one in found if not one.problem and not is_perco(one.path)]
+    found = [one for one in found if not one.problem]
+    photos = [one for one in found if not is_perco(one.path)]
     if photos and any(is_perco(one.path) and not one.scanned for one in found):
         raise ConversionError("there are photos and .perco files among the sources: say which to make, with --to")
     return PERCO if photos or not found else ".png"

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .codes import EXIF_PREFIX, Metadata
+from .codes import EXIF_PREFIX, Metadata, is_of_other_pixels
 
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow names and, without other programs, does not read: a folder is not searched for them."""
@@ -77,24 +77,33 @@ def within(size: tuple[int, int], longer_px: int) -> tuple[int, int]:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF block says, which then says so no more; as it is where that cannot be read."""
+    """The picture turned as its EXIF block, or XMP, says, which then says so no more; as it is where neither is read.
+
+    A block that can be read, and not written anew without its orientation, is dropped.
+    """
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # Pillow raises whatever a damaged block leads it to
+        plain = picture.copy()
+        plain.info.pop("exif", None)
+    try:
+        plain.getexif()[ExifTags.Base.Orientation] = picture.getexif()[ExifTags.Base.Orientation]
+        return ImageOps.exif_transpose(plain)
+    except Exception:
         return picture
 
 
 def turned(picture: Image.Image, metadata: Metadata) -> tuple[Image.Image, Metadata]:
-    """A decoded picture turned as the EXIF block of its file says, and its metadata, which then say so no more."""
-    if not metadata.exif:
+    """A decoded picture turned as the metadata of its file say, and these, which then say so no more."""
+    blocks = {"exif": metadata.exif and EXIF_PREFIX + metadata.exif, "xmp": metadata.xmp}
+    if not any(blocks.values()):
         return picture, metadata
     told = picture.copy()
-    told.info = {"exif": EXIF_PREFIX + metadata.exif, "xmp": metadata.xmp}
+    told.info = {name: block for name, block in blocks.items() if block}
     shown = upright(told)
-    exif, xmp = shown.info["exif"].removeprefix(EXIF_PREFIX), shown.info["xmp"]
-    shown.info = {}
-    return shown, replace(metadata, exif=exif, xmp=xmp)
+    exif, xmp = (shown.info.pop(name, b"") for name in blocks)
+    return shown, replace(metadata, exif=exif.removeprefix(EXIF_PREFIX), xmp=xmp)
 
 
 def _exif(opened: Image.Image, image: Image.Image) -> bytes:
@@ -153,6 +162,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
 def _metadata_options(metadata: Metadata, kind: str) -> dict[str, Any]:
     """What Pillow is to be told for a file of this format to hold these blocks."""
     options: dict[str, Any] = {name: block for name, block in vars(metadata).items() if block}
+    if is_of_other_pixels(metadata.icc_profile):
+        del options["icc_profile"]
     if metadata.exif:
         options["exif"] = EXIF_PREFIX + metadata.exif
     if metadata.xmp and kind == "PNG":

@@ -44,7 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing of whoever runs the tests is looked at or changed: their models, thumbnails, their warm engine."""
+    """Nothing of whoever runs the tests is looked at or changed: their models, thumbnails, their warm engine.
+
+    (The desktop tests start programs with an environment of their own, in which the temporary folder is the system's.)
+    """
     with pytest.MonkeyPatch.context() as patch:
         extensions = torchac_backend._library_path().parent.parent  # which is built once, and kept
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import opened_size
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 import pillow_perco
-from perco_engine import preview
+from perco_engine import get_engine, preview
+from perco_engine.codes import Metadata
 from perco_engine.thumbnails import cache_paths, uri
 from pillow_perco.cli import main
 
@@ -238,3 +240,47 @@ def test_an_icon_has_the_size_of_the_picture(photo: Image.Image, tmp_path: Path)
     photo.resize((300, 200)).save(tmp_path / "x.perco")
     result = perco("decode", tmp_path / "x.perco", tmp_path / "y.ico")
     assert result.exit_code == 1 and "at most 256 pixels" in result.output and not (tmp_path / "y.ico").exists()
+
+
+def read_but_not_written() -> bytes:
+    """EXIF that says which side is up (6), with a description that is a fraction, 1/1, and no text."""
+    tags = struct.pack("<HHII", 0x010E, 5, 1, 38) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    return b"II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<III", 0, 1, 1)
+
+
+def test_a_photo_is_turned_by_exif_that_cannot_be_written_anew(photo: Image.Image, tmp_path: Path) -> None:
+    """Pillow turns such a picture, and then fails."""
+    photo.save(tmp_path / "x.png", exif=b"Exif\0\0" + read_but_not_written())
+    with Image.open(tmp_path / "x.png") as opened, pytest.raises(AttributeError, match="IFDRational"):
+        ImageOps.exif_transpose(opened)
+    result = perco("encode", tmp_path / "x.png", tmp_path / "x.perco", "--keep-metadata", "--no-thumbnails")
+    assert result.exit_code == 0 and opened_size(tmp_path / "x.perco") == (128, 192)
+    with Image.open(tmp_path / "x.perco") as coded:
+        assert 0x0112 not in coded.getexif()
+    photo.save(tmp_path / "y.perco", exif=b"Exif\0\0" + read_but_not_written())
+    assert perco("convert", tmp_path / "y.perco", tmp_path / "y.png", "--keep-metadata").exit_code == 0
+    with Image.open(tmp_path / "y.png") as decoded:
+        assert decoded.size == (128, 192) and 0x0112 not in decoded.getexif()
+
+
+def test_a_picture_is_turned_by_xmp_alone(photo: Image.Image, tmp_path: Path) -> None:
+    coded = tmp_path / "x.perco"
+    photo.save(coded, xmp=b'<x:xmpmeta><r tiff:Orientation="6"/></x:xmpmeta>')
+    assert perco("decode", coded, tmp_path / "x.png").exit_code == 0
+    assert perco("convert", coded, tmp_path / "kept.png", "--keep-metadata").exit_code == 0
+    assert opened_size(tmp_path / "x.png") == preview.render(coded.read_bytes(), 192).size == (128, 192)
+    with Image.open(tmp_path / "kept.png") as kept:
+        assert kept.size == (128, 192) and 0x0112 not in kept.getexif()
+
+
+def test_a_profile_of_grey_is_written_into_no_picture_in_colour(photo: Image.Image, tmp_path: Path) -> None:
+    """Whoever packed the file: what it holds is decoded to RGB."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[16:20] = b"GRAY"
+    data = get_engine().encode(photo, metadata=Metadata(icc_profile=bytes(profile)))
+    (tmp_path / "x.perco").write_bytes(data)
+    for options in ([], ["--keep-metadata"]):
+        target = tmp_path / f"{len(options)}.png"
+        assert perco("convert", tmp_path / "x.perco", target, *options).exit_code == 0
+        with Image.open(target) as decoded:
+            assert "icc_profile" not in decoded.info

@@ -123,3 +123,11 @@ def test_by_any_metric_into_a_new_folder(paths: list[Path], tiny_model: Path, tm
     assert told.exit_code == 0 and "by MS-SSIM" in out.read_text(encoding="utf-8")
     told = CliRunner().invoke(main, ["compare", *map(str, [paths[0], "--out", out, *options])])  # 192x128
     assert told.exit_code == 1 and "not defined below 161 pixels" in told.output
+
+
+def test_a_text_that_is_no_caption_does_not_matter(paths: list[Path], tiny_model: Path, tmp_path: Path) -> None:
+    paths[0].with_suffix(".txt").write_text("x" * 5000)
+    out = tmp_path / "page.html"
+    options = ["--out", out, "--model", tiny_model, "--bpp", 1, "--against", "jpeg", "--metrics", "psnr"]
+    told = CliRunner().invoke(main, ["compare", *map(str, [paths[0], *options])])
+    assert told.exit_code == 0 and out.exists(), told.output

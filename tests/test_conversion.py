@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,3 +105,21 @@ def test_captions_beside_photos_are_no_sources(tree: Path) -> None:
     Path("in/a.txt").touch()
     assert planned("in/a*") == planned("in/a.txt", "in/a.jpg") == [("in/a.jpg", "out/a.perco")]
     assert planned("in/notes.txt") == [("in/notes.txt", "out/notes.perco")]  # whose failure is told
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_says_nothing_of_the_direction(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (tree / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    (task,) = plan(Request([str(tree / "closed")], "out"))
+    assert task.encodes and task.source == tree / "closed" and "cannot be read (Permission denied)" in task.problem
+    tasks = plan(Request([str(tree)], "out/", recursive=True))
+    assert [one.source.name for one in tasks if one.problem] == ["closed"] and len(tasks) > 1

@@ -216,10 +216,13 @@ class Screen:
         # -noreset: else the server starts anew when the first look at the screen ends before the file manager is there
         server = ["Xvfb", "-screen", "0", "900x600x24", "-nolisten", "tcp", "-noreset", "-displayfd"]
         ours, theirs = os.pipe()
-        self._processes = [subprocess.Popen([*server, str(theirs)], stderr=subprocess.DEVNULL, pass_fds=[theirs])]
+        with (home / "xvfb.log").open("wb") as said:
+            self._processes = [subprocess.Popen([*server, str(theirs)], stderr=said, pass_fds=[theirs])]
         os.close(theirs)
         with open(ours) as told:
-            self.display = f":{int(told.readline())}"
+            number = told.readline().strip()
+        assert number, (home / "xvfb.log").read_text(errors="replace")
+        self.display = f":{number}"
         environ = environment(home) | {"DISPLAY": self.display, "GDK_BACKEND": "x11", "GSK_RENDERER": "cairo"}
         self._environ = environ
         self._told = home / "file-manager.log"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -388,3 +389,16 @@ def test_names_of_models_are_shown_as_they_are() -> None:
 
     files = plots.figure("cost_$5_$7", "PSNR", "psnr", [plots.Series("_x $1", [(0.1, 0.8), (0.01, 0.6)])])
     assert "cost_$5_$7" in files["svg"].decode() and "_x $1" in files["svg"].decode()
+
+
+def test_other_steps_of_another_caption_leave_no_line_of_its_file(settings: Settings) -> None:
+    caption = settings.folder / "more" / "b.txt"
+    evaluate(replace(settings, steps=(0,)))
+    caption.write_text("something quite else")
+    evaluate(replace(settings, steps=(2,)))
+    caption.write_text("a barn owl\n")
+    run = evaluate(replace(settings, steps=(0,)))
+    (photo,) = (photo for photo in run.photos if photo.name == "more/b.png")
+    line = run.line(photo, run.points[0].bpp, 0)
+    assert read_header((settings.out / line["file"]).read_bytes()).caption == line["caption"] == "a barn owl"
+    assert run.find(photo, run.points[0].bpp, 2) is None

@@ -88,11 +88,11 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
     photos: list[tuple[Photo, str]] = []
     for photo in find_photos(settings.folder, settings.out, settings.limit):
         try:
-            image = photo.read()
+            image, caption = photo.read(), photo.caption()
         except UNREADABLE as error:
             tell(f"{photo.name}: left out, cannot be read: {error}")
             continue
-        photos.append((photo, photo.sidecar or caption_pictures(captioner, [image])[0]))
+        photos.append((photo, caption or caption_pictures(captioner, [image])[0]))
     found = []
     wrong = shuffled([caption for _, caption in photos])
     for (photo, right), other in zip(photos, wrong, strict=True):

@@ -104,10 +104,9 @@ class Run:
         return Path(self.settings.model).name
 
     def find(self, photo: Photo, bpp: float, steps: int | None) -> Line | None:
-        """What was found of this photo, if anything: last of all, since its files are the last ones."""
+        """What was found of this photo, if anything, and not of another one, or caption, that was there before."""
         line = self.lines.get((photo.name, bpp, steps))
-        known = line is not None and (line["sha256"], line["sidecar"]) == (photo.sha256, photo.sidecar)
-        return line if known else None
+        return line if line is not None and _is_of(line, photo) else None
 
     def line(self, photo: Photo, bpp: float, steps: int | None) -> Line:
         """What was found of this photo, which was evaluated."""
@@ -196,11 +195,11 @@ def _fingerprint(model: str) -> str:
 def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
     """Does what is to be done for one photo; why it cannot be, or "" if it was."""
     try:
-        image = photo.read()
+        image, caption = photo.read(), photo.caption()
     except UNREADABLE as error:
         return f"cannot be read: {error}"
     try:
-        _evaluate_photo(run, photo, image, tell)
+        _evaluate_photo(run, photo, image, caption, tell)
     except EvaluationError:
         raise
     except PercoError as error:
@@ -208,9 +207,8 @@ def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
     return ""
 
 
-def _evaluate_photo(run: Run, photo: Photo, image: Image.Image, tell: Tell) -> None:
+def _evaluate_photo(run: Run, photo: Photo, image: Image.Image, caption: str | None, tell: Tell) -> None:
     """Does what is to be done for one photo at every rate."""
-    caption = photo.sidecar
     measured = cache(lambda: metrics.measure(run.judges, image))
     for point in run.points:
         missing = [steps for steps in run.settings.steps if run.find(photo, point.bpp, steps) is None]
@@ -247,6 +245,9 @@ def _code(
     data = run.engine.encode(image, bpp=point.bpp, caption=caption, effort=run.settings.effort)
     encode_s = time.perf_counter() - start
     file = Path("files", f"{point.bpp}", f"{photo.place}.perco")
+    # What is known of another photo, or caption, in this place was found in the files that are written over now.
+    here = [line for line in run.lines if (line["photo"], line["bpp"]) == (photo.name, point.bpp)]
+    run.lines.append(*({**line, "sha256": None} for line in here if line["sha256"] and not _is_of(line, photo)))
     write_result(out / file, data)
     sizes = sizes_bytes(data)
     for steps in all_steps:
@@ -276,6 +277,11 @@ def _code(
                 "picture": picture.as_posix(),
             }
         )
+
+
+def _is_of(line: Line, photo: Photo) -> bool:
+    """Whether a line speaks of these very pixels, with this caption."""
+    return (line["sha256"], line["sidecar"]) == (photo.sha256, photo.sidecar)
 
 
 def named(steps: int | None) -> str:

@@ -40,6 +40,12 @@ class Photo:
             raise ValueError(f"{photo.width}x{photo.height} pixels, and a side has at most {MAX_SIDE_PX}")
         return photo
 
+    def caption(self) -> str | None:
+        """The caption beside it, or None.  Raises ValueError where it is too long for a .perco file."""
+        if len((self.sidecar or "").encode()) > MAX_CAPTION_BYTES:
+            raise ValueError(f"its caption has more than {MAX_CAPTION_BYTES} bytes: shorten {sidecar(self.path)}")
+        return self.sidecar
+
 
 def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo]:
     """The pictures below a folder, sorted by path, at most `limit`: files with a picture's suffix, none below `out`.
@@ -54,7 +60,7 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
     ]
     if not paths:
         raise EvaluationError(f"there is no picture in {folder}: name a folder of photos")
-    stems = Counter([path.with_suffix("") for path in paths] + paths)
+    stems = Counter([path.with_suffix("") for path in paths] + paths)  # a.jpg is what a.jpg.png is without its suffix
     return [_photo(folder, path, shared=stems[path.with_suffix("")] > 1) for path in paths[:limit]]
 
 
@@ -67,9 +73,6 @@ def _photo(folder: Path, path: Path, shared: bool) -> Photo:
     name = path.relative_to(folder)
     names = path, name.as_posix(), (name if shared else name.with_suffix("")).as_posix()
     try:
-        caption = sidecar_caption(path)
-        if len((caption or "").encode()) > MAX_CAPTION_BYTES:
-            raise ValueError(f"its caption has more than {MAX_CAPTION_BYTES} bytes: shorten {sidecar(path)}")
-        return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), caption)
+        return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), sidecar_caption(path))
     except (OSError, ValueError) as error:
         return Photo(*names, "", None, str(error))

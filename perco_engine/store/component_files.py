@@ -21,7 +21,7 @@ SAFETENSORS, PICKLE, INDEX = ".safetensors", ".bin", ".index.json"
 SETTINGS_SUFFIXES = (".json", ".txt")
 
 
-DOCUMENTS = ("license*", "licence*", "copying*", "notice*", "readme*", "model*card*", "*policy*")
+DOCUMENTS = ("license*", "licence*", "copying*", "notice*", "readme*", "model[-_ ]card*", "modelcard*", "*policy*")
 """Of a licence or a card, whatever their case."""
 
 MAX_DOCUMENT_BYTES = 1 << 20

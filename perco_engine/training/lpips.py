@@ -91,8 +91,8 @@ def load(vgg: Path | None) -> VggLpips:
             weights = torch.load(vgg, map_location="cpu", weights_only=True)
         return VggLpips(weights, linear)
     except Exception as error:  # whatever the network, the file or the library come up with
-        kept = vgg or Path(torch.hub.get_dir(), "checkpoints", VGG.rsplit("/", 1)[1])
-        if kept.is_file():
+        kept = Path(torch.hub.get_dir(), "checkpoints", VGG.rsplit("/", 1)[1])
+        if vgg is None and kept.is_file():
             raise InvalidSettings(
                 f"objective.lpips_weight: {kept} does not hold VGG-16's weights ({error}): delete it, and it is "
                 f"fetched again; {instead}"
