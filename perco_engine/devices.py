@@ -1,6 +1,7 @@
 """Where networks go: which device, in which dtype, and how much memory one process keeps filled with weights."""
 
 import functools
+import gc
 import os
 import threading
 from collections import OrderedDict
@@ -8,6 +9,10 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+BUILDING = threading.RLock()
+"""Held while networks are built: diffusers, accelerate and transformers change torch for the whole process meanwhile,
+and two of them at once would leave it changed."""
 
 
 def best_device() -> torch.device:
@@ -31,23 +36,22 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 @functools.cache
 def _tried(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return best_device()
+    named = best_device() if device is None else device
     try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).tolist()
+        probe = torch.zeros(1, device=torch.device(named))
+        probe.tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f'the device {str(device)!r} cannot be used here ({reason:.120}): leave it out, or take "cpu"'
-        ) from error
-    return chosen
+        instead = 'take "cpu"' if device is None else 'leave it out, or take "cpu"'
+        raise ValueError(f"the device {str(named)!r} cannot be used here ({reason:.120}): {instead}") from error
+    return probe.device  # "cuda:0" for "cuda", so that one device has one name
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 or fp16 on a GPU, float32 elsewhere."""
+    """bf16, or fp16 where that is not built in, on a GPU; float32 elsewhere."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
 
 
@@ -99,8 +103,12 @@ class WeightsCache:
             with self._lock:
                 self._models[key] = model
                 self._models.move_to_end(key)
+                evicted = 0
                 while len(self._models) > 1 and self.size_bytes > self.budget_bytes:
                     self._models.popitem(last=False)
+                    evicted += 1
+        if evicted:
+            gc.collect()  # where networks are offloaded they hold each other
         return model
 
     @property
@@ -112,11 +120,13 @@ class WeightsCache:
         """Forgets the model with this key, if there is one; whoever uses it may finish."""
         with self._lock:
             self._models.pop(key, None)
+        gc.collect()
 
     def clear(self) -> None:
         """Forgets every model; those in use go when their last user is done."""
         with self._lock:
             self._models.clear()
+        gc.collect()
 
 
 def budget_bytes(text: str) -> int:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from . import pixels
 from .codes import Codes
-from .errors import BudgetTooSmall
+from .errors import BudgetTooSmall, NotEnoughMemory
+from .memory import is_offloaded
 from .search import search, usual_steps
 
 if TYPE_CHECKING:
@@ -59,15 +60,28 @@ def _reduced(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int 
 
 
 def _searched(engine: "Engine", codes: Codes, image: Image.Image, effort: int | None) -> Iterator[Codes]:
-    """Better codes for the picture at the same rate point, with ever dearer bits; none where no step is to be taken."""
+    """Better codes for the picture at the same rate point, with ever dearer bits; none where no step is to be taken.
+
+    None either where nobody has asked for them, and the networks are not all on the device or memory runs out.
+    """
     level = len(codes.indices) - 1
     steps = usual_steps(engine.pipeline, level, *image.size) if effort is None else effort
     if not steps:
         return
-    found = search(engine.pipeline, engine.prior, pixels.to_tensor([pixels.to_rgb(image)]), level, codes.caption, steps)
+    if is_offloaded(engine.pipeline):  # the way back of a gradient needs all networks there at once
+        if effort:
+            raise ValueError("a search needs all networks on the device: leave effort out, or take offload=False")
+        return
+    picture = pixels.to_rgb(image)
+    found = search(engine.pipeline, engine.prior, picture, level, codes.caption, steps)
     while True:
-        with engine.at_work("encode", 1, image.size), torch.inference_mode(False):  # in which nothing has a gradient
-            grids = next(found, None)
+        try:
+            with engine.at_work("search", 1, image.size), torch.inference_mode(False):  # in which are no gradients
+                grids = next(found, None)
+        except NotEnoughMemory:
+            if effort is None:
+                return
+            raise
         if grids is None:
             return
         yield replace(codes, indices=tuple(grid[0].to(torch.int32).cpu().numpy() for grid in grids))

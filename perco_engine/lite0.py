@@ -2,7 +2,7 @@
 
 import torch
 
-from .devices import cache, weights_bytes
+from .devices import BUILDING, cache, weights_bytes
 from .models.perceptual import FeatureDistance
 
 
@@ -10,7 +10,8 @@ class _Network:
     """The network on a device.  size_bytes: of its weights."""
 
     def __init__(self, device: torch.device) -> None:
-        self.network = FeatureDistance("lite0").to(device, torch.float32)
+        with BUILDING:
+            self.network = FeatureDistance("lite0").to(device, torch.float32)
         self.size_bytes = weights_bytes(self.network)
 
 

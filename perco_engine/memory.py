@@ -74,6 +74,11 @@ def working_bytes(pipeline: PercoPipeline) -> int:
     return activations * int(pipeline.unet.dtype.itemsize) + WORKSPACE_BYTES
 
 
+def is_offloaded(pipeline: PercoPipeline) -> bool:
+    """Whether networks are on the device only while they are at work."""
+    return bool(getattr(pipeline, "_all_hooks", None))
+
+
 def needs_offload(weights: int, working: int, free: int) -> bool:
     """Whether the networks must wait in the machine's memory for their turns on the device.
 
@@ -93,23 +98,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # On the CPU, on MPS, and in CUDA's libraries torch has no class for it.
-    signs = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def explained(doing: str, pipeline: PercoPipeline, count: int, size: tuple[int, int]) -> AbstractContextManager[None]:
     """A context that raises NotEnoughMemory, which says what takes less, where its block runs out of memory.
 
-    doing: "encode", "decode", or "preview" where a picture is decoded on a shorter way.
+    doing: "encode", "search" where better codes are searched for, "decode", or "preview" where a picture is decoded on
+        a shorter way.
     count, size: how many pictures, and their width and height in pixels.
     """
     smaller = ["fewer pictures at once"] if count > 1 else []
-    if doing == "encode":
+    if doing == "search":
+        smaller.append("effort=0")
+    if doing in ("encode", "search"):
         smaller.append("a smaller picture")
     elif doing == "decode" and isinstance(pipeline.vae, PatchAutoencoder) and max(size) > 1:
         smaller.append(f"max_size_px={max(size) // 2}")
     pictures = f"{count} picture{'s' if count > 1 else ''} of {size[0]}x{size[1]} pixels"
-    return _out_of_memory(f"{doing} {pictures}", pipeline, pipeline._execution_device, *smaller)
+    task = f"{'search for codes of' if doing == 'search' else doing} {pictures}"
+    return _out_of_memory(task, pipeline, pipeline._execution_device, *smaller)
 
 
 @contextmanager
@@ -120,7 +129,7 @@ def _out_of_memory(task: str, pipeline: PercoPipeline, device: torch.device, *sm
         if not is_out_of_memory(error):
             raise
         ways = list(smaller)
-        if device.type == "cuda" and not getattr(pipeline, "_all_hooks", None):
+        if device.type == "cuda" and not is_offloaded(pipeline):
             ways.append("get_engine(..., offload=True)" + ("" if is_accelerate_available() else " (with accelerate)"))
         if pipeline.unet.dtype == torch.float32:
             ways.append("get_engine(..., dtype=torch.bfloat16)")

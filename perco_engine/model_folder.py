@@ -12,6 +12,7 @@ from diffusers.utils import is_accelerate_available
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from .devices import BUILDING
 from .errors import InvalidModel
 
 COMPONENT_CLASSES = {
@@ -55,7 +56,7 @@ def load_folder(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
     missing = [name for name, entry in named.items() if is_null(entry) and name not in OPTIONAL]
     if missing:
         raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
-    with progress_bars_off():
+    with BUILDING, progress_bars_off():
         loaded = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
     if index.get("_class_name") != OUR_PIPELINE:
         loaded["scheduler"] = with_v_prediction(loaded["scheduler"])
@@ -122,7 +123,8 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
         else:
             options |= {"torch_dtype": torch_dtype, "low_cpu_mem_usage": is_accelerate_available()}
     try:
-        loaded = kind.from_pretrained(path, local_files_only=True, **options)
+        with BUILDING:
+            loaded = kind.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # the libraries raise whatever a wrong file leads them to
         raise InvalidModel(f"cannot load {path}: {error}") from error
     if not options:

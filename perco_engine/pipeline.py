@@ -1,5 +1,6 @@
 """PercoPipeline: a picture to the indices of its hyper-latent, and indices to a picture."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,10 +120,16 @@ class PercoPipeline(DiffusionPipeline):
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
         """Writes a model folder that from_pretrained reads; weights as safetensors in the components' dtypes.
 
+        Where the networks were loaded from is not written along.
+
         max_shard_size: bytes, or as in "5GB", that no weights file is to exceed; None: diffusers' default.
         """
         with progress_bars_off():
             super().save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        for file in Path(folder).glob("*/config.json"):
+            config = json.loads(file.read_bytes())
+            if config.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -132,7 +139,7 @@ class PercoPipeline(DiffusionPipeline):
     @property
     def padding_multiple_px(self) -> int:
         """What the sides of a picture are padded to a multiple of, in pixels."""
-        return VAE_FACTOR * int(getattr(self.hyper_enc, "downsampling_factor", 1))
+        return VAE_FACTOR * int(self.hyper_enc.downsampling_factor)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latents of a picture of height x width pixels.
@@ -223,11 +230,12 @@ class PercoPipeline(DiffusionPipeline):
         Where the model has no estimate, or its autoencoder no such way, whole pictures are decoded, with the options
         of a call, and reduced.
         """
-        if getattr(self.unet.config, "add_local_features", False) and hasattr(self.vae, "decode_preview"):
+        if self.unet.config.add_local_features and isinstance(self.vae, PatchAutoencoder):
             features = self.local_features(indices, height, width)
             estimate = features[:, : self.unet.config.out_channels] / self.vae.config.scaling_factor
             sample = self.vae.decode_preview(estimate, reduction).float()
             check_finite(sample, "decoder", self.vae)
+            self.maybe_free_model_hooks()
             small = sample[..., : -(-height // reduction), : -(-width // reduction)]
             preview: Tensor = (small / 2 + 0.5).clamp(0, 1)
             return preview

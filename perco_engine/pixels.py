@@ -16,27 +16,43 @@ ALPHA_LOG2_SCALES = range(3, 7)
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether any pixel may be transparent, judged by mode and info."""
-    return image.has_transparency_data
+    """Whether any pixel may be transparent, judged by mode and info.
+
+    A colour that stands for nothing counts where the mode can have such a one: Pillow keeps it in others, too.
+    """
+    mode, key = image.mode, image.info.get("transparency")
+    if mode == "RGB":
+        return isinstance(key, tuple) and len(key) == 3
+    if mode == "P":
+        return isinstance(key, int | bytes) or (image.palette is not None and image.palette.mode.endswith("A"))
+    return mode in ("LA", "La", "PA", "RGBA", "RGBa") or (isinstance(key, int) and mode[:4] in ("1", "L", "I;16"))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB, without its opacity.
 
-    I;16 is scaled to 8 bits; I and F are clipped to 0..255, as Pillow does; LAB goes through its colour profile.
+    I;16, and I with values over 255, as of a PGM of 16 bits, is scaled to 8 bits, and F within 0..1, as of a PFM, too;
+    other I and F are clipped to 0..255, as Pillow does.  LAB goes through its colour profile.
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((samples + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        return image.convert("L").convert("RGB")
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 255):
+            levels = (values.clip(0, 65535).astype(np.uint32) + 128) // 257
+        elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+            levels = (values * 255).round()
+        else:
+            levels = values.clip(0, 255)
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         assert converted is not None
         return converted
+    if "transparency" in image.info and image.mode != "P":  # of which Pillow expects one of this mode
+        image = image.copy()
+        del image.info["transparency"]
     return straight(image).convert("RGB")
 
 

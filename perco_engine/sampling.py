@@ -78,7 +78,7 @@ def check_steps(steps: int, unet: Any, scheduler: Any) -> int:
     """The number of denoising steps.  Raises ValueError unless the model can decode in so many."""
     most = scheduler.config.num_train_timesteps - scheduler.config.get("steps_offset", 0)
     steps = whole_number("the number of denoising steps", steps, 0, most)
-    if steps == 0 and not getattr(unet.config, "add_local_features", False):
+    if steps == 0 and not unet.config.add_local_features:
         raise ValueError("this model's local features hold no estimate of the picture: take at least 1 denoising step")
     return steps
 

@@ -17,6 +17,7 @@ compression, Campos et al., 2019 (arXiv 1906.01223), Yang et al., 2020 (arXiv 20
 from collections.abc import Iterator
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -28,6 +29,7 @@ from .models.autoencoder import PATCH, scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
 from .pipeline import PercoPipeline
+from .pixels import to_tensor
 from .sampling import denoise, draw_noise
 
 MOST_STEPS = 100
@@ -73,12 +75,12 @@ def usual_steps(pipeline: PercoPipeline, level: int, width: int, height: int) ->
 
 
 def search(
-    pipeline: PercoPipeline, prior: Prior | None, photo: Tensor, level: int, caption: str, steps: int
+    pipeline: PercoPipeline, prior: Prior | None, image: Image.Image, level: int, caption: str, steps: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """The indices of a picture that so many steps find, first to last for each of THRIFTS.
 
     They are grids (1, rows, columns) int64, coarse to fine.
-    photo: (1, 3, h, w) in -1..1.  level: the rate point.  prior: as `choose` takes it.
+    image: in mode RGB.  level: the rate point.  prior: as `choose` takes it.
     caption: what the decoder is going to be told.  steps: 1..MOST_STEPS, each a decode and the way back through it.
 
     Raises ValueError for a model without a ladder.
@@ -88,7 +90,7 @@ def search(
         raise ValueError("effort is for models with a ladder of codes, such as the embedded one: leave it out")
     device = pipeline._execution_device
     distance = lite0(device)
-    photo = pipeline.pad(photo.to(device).clone())  # of our own, whatever mode the caller's tensors were made in
+    photo = pipeline.pad(to_tensor([image]).to(device))
     latents = pipeline.encode_latents(photo).to(device, ladder.dtype)
     text = None if pipeline.text_encoder is None else pipeline.encode_prompt([caption])
     rungs = ladder.levels[: level + 1]

@@ -83,7 +83,7 @@ class PercoImageFile(ImageFile.ImageFile):
             raise OSError(str(error)) from error
         self._size = header.width_px, header.height_px
         self._full_size = self._size
-        self._model = header.model
+        self._model, self._rate_point = header.model, header.rate_point
         self._mode = "RGBA" if header.has_alpha else "RGB"
         self.info["perco"] = describe(header, len(self._file))
         for name in ("exif", "icc_profile", "xmp"):
@@ -111,6 +111,8 @@ class PercoImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         """Decodes the pixels on first use.  Raises OSError, with what to do, if the file or its model prevents that."""
         if self.tile:
+            if self._im is not None:
+                _ = self.im  # of a picture that was closed: raises, before seconds of work are spent on it
             size = self.size
             try:
                 picture = self._decode_small() if size != self._full_size else None
@@ -134,7 +136,7 @@ class PercoImageFile(ImageFile.ImageFile):
         from perco_engine.engine import get_engine_for
 
         options = self._options
-        engine = get_engine_for(self._model, options.device, rate_point=self.info["perco"]["rate_point"])
+        engine = get_engine_for(self._model, options.device, rate_point=self._rate_point)
         return engine.decode(
             self._file,
             steps=options.steps,
@@ -183,8 +185,9 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
     from perco_engine import get_engine, pixels
 
     exif = options.get("exif") or b""
-    if isinstance(exif, Image.Exif):
-        exif = exif.tobytes()
+    if isinstance(options.get("exif"), Image.Exif):  # which counts its own tags alone, and not those of its blocks
+        block = options["exif"].tobytes()
+        exif = b"" if block == Image.Exif().tobytes() else block
     xmp = options.get("xmp") or b""
     blocks = {
         "exif": exif.removeprefix(EXIF_PREFIX) if isinstance(exif, bytes) else exif,
@@ -211,7 +214,7 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
             captioner=options.get("captioner"),
             seed=options.get("seed"),
             effort=options.get("effort"),
-            best_of=options.get("best_of", 1),
+            best_of=1 if options.get("best_of") is None else options["best_of"],
             alpha=options.get("alpha") is not False,
             metadata=Metadata(**blocks),
         )
@@ -224,7 +227,8 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
 
 
 def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:
-    # Taken away, where another thread that saves the same picture meanwhile would find it, and keep it.
+    # Taken away, where another thread that saves the same picture would find it, and keep it.  Before this is called
+    # Pillow itself mixes up the options of threads that save one picture to paths: pillow_perco.save does not.
     options, image.encoderinfo = image.encoderinfo, {}
     fp.write(encode(image, options))
 

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perco_engine import bitstream, get_engine, weights
+from perco_engine import get_engine, lite0, weights
 from perco_engine.bitstream.header import checksum
 from perco_engine.devices import WeightsCache, best_device, best_dtype, budget_bytes
 from perco_engine.engine import Engine, _reduction
@@ -162,6 +163,31 @@ def test_engines_are_loaded_once_even_from_several_threads(tiny_model: Path) -> 
     assert get_engine(tiny_model) is get_engine(tiny_model)
 
 
+def test_two_models_that_are_loaded_at_once_leave_torch_as_it_was(tiny_model: Path) -> None:
+    """diffusers, accelerate and transformers change it for the whole process while they build networks."""
+    register, dtype = torch.nn.Module.register_parameter, torch.get_default_dtype()
+    cpu, begin = torch.device("cpu"), threading.Barrier(3)
+    failed: list[BaseException] = []
+
+    def load(act: Callable[[], object]) -> None:
+        begin.wait(60)
+        try:
+            act()
+        except BaseException as error:
+            failed.append(error)
+
+    engines = [functools.partial(Engine, weights.find(name), cpu, torch.bfloat16) for name in (tiny_model, "embedded")]
+    acts = [*engines, functools.partial(lite0._Network, cpu)]
+    threads = [threading.Thread(target=load, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failed == []
+    assert torch.nn.Module.register_parameter is register and torch.get_default_dtype() == dtype
+    assert torch.nn.Linear(1, 1).weight.device == cpu
+
+
 def test_the_engine_that_was_not_used_for_longest_goes_first(tiny_model: Path) -> None:
     model, cpu = weights.find(tiny_model), torch.device("cpu")
     cache = WeightsCache(budget_bytes=0)
@@ -230,6 +256,14 @@ def test_model_folders_that_cannot_be_used(tmp_path: Path) -> None:
         get_engine(tmp_path)
 
 
+def test_a_linked_component_has_the_fingerprint_of_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for part in tiny_model.iterdir():
+        (linked / part.name).symlink_to(part)
+    assert weights.fingerprint(linked) == weights.fingerprint(tiny_model)
+
+
 def test_the_fingerprint_is_of_the_weights(tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -252,14 +286,6 @@ def test_a_model_in_the_home_folder_is_found_by_its_fingerprint(
         get_engine().decode(data)
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     assert get_engine().decode(data).size == photo.size
-
-
-def test_long_streams_are_coded_alike_by_either_coder(tiny_model: Path) -> None:
-    engine = get_engine(tiny_model)
-    image = Image.effect_noise((1200, 1200), 80).convert("RGB")
-    data = engine.encode(image, bpp=0.0156)
-    points, prior = engine.rate_points, engine.prior
-    assert bitstream.pack(bitstream.unpack(data, points, prior=prior), points, prior=prior) == data
 
 
 def test_a_published_checkpoint_folder_is_a_model_like_any_other(photo: Image.Image) -> None:

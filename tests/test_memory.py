@@ -53,6 +53,7 @@ def test_every_way_of_running_out_of_memory_is_known() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -78,6 +79,28 @@ def test_running_out_of_memory_says_what_takes_less(tiny_model: Path, photo: Ima
             engine.encode(photo)
     finally:
         hook.remove()
+
+
+def test_memory_for_a_search(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody asks for it the error names what does without; else the codes that are there already are kept."""
+    engine = get_engine()
+    plain = engine.encode(photo, bpp=0.03, effort=0)
+    monkeypatch.setattr("perco_engine.search._search_tile", absurd)
+    monkeypatch.setattr("perco_engine.search.USUAL_PIXELS", 1 << 20)
+    with pytest.raises(NotEnoughMemory, match=r"search for codes of 1 picture .*: try effort=0, or a smaller picture"):
+        engine.encode(photo, bpp=0.03, effort=2)
+    assert engine.encode(photo, bpp=0.03) == plain
+
+
+def test_nothing_is_searched_for_with_networks_that_come_and_go(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr("perco_engine.search.USUAL_PIXELS", 1 << 20)
+    engine = get_engine(device="cpu", offload=True)
+    assert engine.encode(photo, bpp=0.03) == get_engine(device="cpu").encode(photo, bpp=0.03, effort=0)
+    with pytest.raises(ValueError, match="leave effort out, or take offload=False"):
+        engine.encode(photo, bpp=0.03, effort=2)
 
 
 def test_no_other_failure_is_called_a_lack_of_memory(tiny_model: Path, photo: Image.Image) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from perco_engine.bitstream import entropy, pack, read_header, unpack, unpack_partial
+from perco_engine.bitstream.container import _encode_by_prior
 from perco_engine.bitstream.prior import POWERS, Prior, frequencies, most_grids
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.errors import InvalidModel, InvalidStream, TruncatedFile
@@ -178,6 +179,7 @@ def test_streams_are_those_of_the_specification(width: int, height: int) -> None
         assert data[4] == 0x1B
         assert len(data) < len(pack(likely.codes, POINTS))
         assert header.hyper_latent == slow_stream(likely.tensors, likely.codes)
+    assert _encode_by_prior(likely.codes, POINTS[3], likely.prior) == slow_stream(likely.tensors, likely.codes)
     assert unpack(data, POINTS, prior=likely.prior) == likely.codes
 
 

@@ -40,8 +40,11 @@ def encode_alpha(mask: AlphaMask, width_px: int, height_px: int) -> bytes:
 
 
 def decode_alpha(content: bytes, width_px: int, height_px: int) -> AlphaMask:
-    """The mask in the contents of an alpha chunk; raises InvalidStream if they do not fit a picture of this size."""
-    log2_scale = content[0] >> 4 & 0b111 if content else MAX_LOG2_SCALE + 1
+    """The mask in the contents of an alpha chunk, one byte or more.
+
+    Raises InvalidStream if they do not fit a picture of this size.
+    """
+    log2_scale = content[0] >> 4 & 0b111
     if log2_scale > MAX_LOG2_SCALE or content[0] & 0b1000:
         raise InvalidStream("the alpha mask has parameters that this release does not know; upgrade pillow-perco")
     bits_per_sample = 1 + (content[0] & 0b111)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from perco_engine.bitstream.compression import Coding, compress, decompress
 from perco_engine.bitstream.fields import FieldReader, encode_varint
-from perco_engine.errors import InvalidHeader, UnsupportedChunk
+from perco_engine.errors import InvalidHeader, InvalidStream, UnsupportedChunk
 
 MAX_CAPTION_BYTES = 4096
 MAX_CHUNK_BYTES = 16 * 2**20
@@ -38,9 +38,15 @@ class Chunk:
     size_bytes: int
 
     def content(self, limit_bytes: int = MAX_CHUNK_BYTES) -> bytes:
-        """What the chunk holds; raises LimitExceeded beyond the kind's limit or `limit_bytes`, or InvalidStream."""
+        """What the chunk holds, which is not nothing.
+
+        Raises LimitExceeded beyond the kind's limit or `limit_bytes`, or InvalidStream.
+        """
         limit = limit_bytes if self.kind is None else min(limit_bytes, self.kind.limit_bytes)
-        return decompress(self.coding, self.payload, limit)
+        content = decompress(self.coding, self.payload, limit)
+        if not content:
+            raise InvalidStream("a chunk decodes to nothing; a writer leaves such a chunk out")
+        return content
 
 
 def encode_chunk(kind: ChunkKind, content: bytes) -> bytes:

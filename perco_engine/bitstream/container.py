@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from perco_engine.rates import RatePoint
 
 __all__ = ["Header", "pack", "read_header", "unpack", "unpack_partial"]
 
-OWN_CODER = cast(Coder, entropy)
+OWN_CODER: Coder = entropy
 
 
 def pack(
@@ -63,7 +62,7 @@ def pack(
     _check_indices(codes, point)
     hyper_latent = coder.encode([grid.reshape(-1) for grid in codes.indices], _cdfs(point))
     if prior is not None:
-        likelier = _encode_by_prior(codes, point, prior, coder)
+        likelier = _encode_by_prior(codes, point, prior)
         if len(likelier) < len(hyper_latent):
             start, hyper_latent = header(by_prior=True), likelier
     length = encode_varint(len(hyper_latent)) if chunks else b""
@@ -159,19 +158,18 @@ def _raise_if_cut(data: bytes, rate_points: Sequence[RatePoint], prior: Prior | 
             _decode(stream, header, rate_points[header.rate_point], prior, coder)
 
 
-def _encode_by_prior(codes: Codes, point: RatePoint, prior: Prior, coder: Coder) -> bytes:
+def _encode_by_prior(codes: Codes, point: RatePoint, prior: Prior) -> bytes:
     """The stream of all indices by the prior."""
-    symbols: list[NDArray[np.int32]] = []
-    cdfs: list[entropy.CDF] = []
+    encoder = entropy.Encoder()
 
     def code(level: int, cells: tuple[slice, slice], cdf: entropy.CDF) -> NDArray[np.int32]:
-        symbols.append(codes.indices[level][cells].reshape(-1))
-        cdfs.append(cdf)
-        return symbols[-1]
+        symbols = codes.indices[level][cells].reshape(-1)
+        encoder.encode(symbols, cdf)
+        return symbols
 
     for _ in prior.walk(point, codes.width_px, codes.height_px, code):
         pass
-    return coder.encode(symbols, cdfs)
+    return encoder.finish()
 
 
 def _decode(

@@ -141,7 +141,7 @@ class Prior:
 
         try:
             return cls(load_file(path))
-        except (OSError, SafetensorError, ValueError, IndexError) as error:
+        except (OSError, SafetensorError, ValueError, IndexError, TypeError, KeyError) as error:
             raise InvalidModel(f"cannot read {path}: {error}") from error
 
     def check(self, point: RatePoint) -> None:

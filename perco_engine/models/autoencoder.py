@@ -1,7 +1,7 @@
 """The small autoencoder of the embedded model: linear algebra first, a network for what that leaves.
 
 Both halves are the sum of a linear map of 8x8 patches and a convolutional network.  The linear maps are solved, not
-trained (whitened principal components one way, least squares over 3x3 patches the other: `fit_linear`), so that the
+trained (`fit_analysis`: whitened principal components; `fit_synthesis`: least squares over 3x3 patches), so that the
 network starts from a picture instead of from noise, and so that a preview at 1/8, 1/4 or 1/2 size is one small
 convolution (`decode_preview`).  All heavy layers work at 1/8 and 1/4 of the picture's size.
 """
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 PATCH = 8
+
+RIDGE = 1e-4
+"""What is added to the diagonal in the least squares of `fit_synthesis`."""
 
 TILE = 192
 """Latents a side, margins included, that are encoded or decoded at once; larger pictures go tile by tile."""
@@ -194,7 +197,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return spread
 
     @torch.no_grad()
-    def fit_synthesis(self, latents: Tensor, pictures: Tensor, ridge: float = 1e-4) -> None:
+    def fit_synthesis(self, latents: Tensor, pictures: Tensor) -> None:
         """Sets the decoder's linear map to the least-squares one from 3x3 latents to the 8x8 pixels in their middle.
 
         latents: (b, latent_channels, h/8, w/8); pictures: (b, 3, h, w) in -1..1.
@@ -204,7 +207,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         y = F.pixel_unshuffle(pictures, PATCH).flatten(2).transpose(1, 2).flatten(0, 1).double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         gram = x.T @ x / len(x)
-        gram += ridge * torch.eye(len(gram), dtype=gram.dtype)
+        gram += RIDGE * torch.eye(len(gram), dtype=gram.dtype)
         solution = torch.linalg.solve(gram, x.T @ y / len(x)).T
         self.synthesis.weight.copy_(solution[:, :-1].reshape(self.synthesis.weight.shape))
         assert self.synthesis.bias is not None

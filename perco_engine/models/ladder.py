@@ -145,6 +145,9 @@ class HyperLadder(ModelMixin, ConfigMixin):
     prior_weights: of the coarsest levels, above 0: what a bit costs where the prior counts the bits (choice.py).
     """
 
+    downsampling_factor = 1
+    """Of the local features, which are as large as the latents."""
+
     @register_to_config
     def __init__(
         self,
