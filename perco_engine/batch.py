@@ -24,7 +24,6 @@ from PIL import Image
 from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
-from .codes import MAX_FILE_BYTES
 from .conversion import Task
 from .errors import PercoError
 from .printable import printable
@@ -138,10 +137,12 @@ class _Work:
         for _ in range(WRITERS):
             self._for_writers.put(None)
         deadline = time.monotonic() + STOP_SECONDS
-        for writer in self._writers:
-            writer.join(max(0, deadline - time.monotonic()))
-        if any(writer.is_alive() for writer in self._writers):
-            files.discard_unfinished()
+        try:
+            for writer in self._writers:
+                writer.join(max(0, deadline - time.monotonic()))
+        finally:  # a second interrupt included
+            if any(writer.is_alive() for writer in self._writers):
+                files.discard_unfinished()
 
     def _thread(self, act: Callable[[], None]) -> threading.Thread:
         """A thread for `act`; what it raises, which is never the fault of one file, ends the conversion."""
@@ -178,9 +179,7 @@ class _Work:
             try:
                 if task.problem:
                     raise ValueError(task.problem)
-                item = (
-                    _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, self._settings, take)
-                )
+                item = _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, take)
             except Exception as error:
                 self._fail(task, taken, error)
             else:
@@ -313,11 +312,9 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
     return Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
 
 
-def _read_perco(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
+def _read_perco(task: Task, take: Callable[[int], None]) -> Item:
     state = _state(task.source)
-    if state.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
-    data = task.source.read_bytes()
+    data = files.read_perco(task.source)
     header = read_header(data)
     size = header.width_px, header.height_px
     take(size[0] * size[1])

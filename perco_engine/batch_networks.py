@@ -15,6 +15,7 @@ from .codes import Metadata
 from .conversion import Task
 
 if TYPE_CHECKING:
+    from .captioner import Captioner
     from .engine import Engine
     from .family import FamilyEngine
 
@@ -81,12 +82,17 @@ class Networks:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._engine: Engine | FamilyEngine | None = None
+        self._captioner: Captioner | None = None
         self._loaded = False
         self._pixels = 0
         self.make_thumbnails = False
 
     def load(self, encodes: bool) -> None:
-        """Loads the model for encoding; makes a folder's model known for decoding.  Once only."""
+        """Loads the model for encoding, and finds what writes captions; makes a folder's model known for decoding.
+
+        Once only.
+        """
+        from .captioner import get_captioner
         from .engine import get_engine
         from .weights import find
 
@@ -94,6 +100,7 @@ class Networks:
             return
         if encodes:
             self._engine = get_engine(self._settings.model)
+            self._captioner = get_captioner(self._settings.captioner, self._engine.device)
             self.make_thumbnails = thumbnails.is_wanted(self._settings.thumbnails, self._engine)
         elif self._settings.model != "embedded":
             find(self._settings.model)
@@ -117,7 +124,7 @@ class Networks:
                 bpp=settings.bpp,
                 max_bytes=settings.max_bytes,
                 caption=[item.caption for item in batch],
-                captioner=settings.captioner,
+                captioner=self._captioner,
                 seed=settings.seed,
                 effort=settings.effort,
                 metadata=[item.metadata for item in batch],

@@ -3,15 +3,16 @@
 sources (files, globs, folders) -> Source(path, place in the tree) -> Task(source, target)
 """
 
+import functools
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import picture_files
 from .errors import ConversionError
-from .printable import MOST_TOLD, printable
+from .printable import MOST_TOLD, printable, some
 
 PERCO = ".perco"
 
@@ -76,6 +77,11 @@ def is_perco(path: Path) -> bool:
     return path.suffix.lower() == PERCO
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether this is a folder that one may look into; no error where nobody may look, as Path.is_dir has it."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def _is_picture_name(path: Path) -> bool:
     return is_perco(path) or picture_files.writable_kind(path.suffix) is not None
 
@@ -91,16 +97,14 @@ def plan(request: Request) -> list[Task]:
     if single is not None:
         tasks = [single]
     else:
-        destination = Path(request.destination)
-        named_like_a_file = not request.destination.endswith(("/", os.sep)) and _is_picture_name(destination)
-        if not destination.is_dir() and (destination.exists() or named_like_a_file):
-            raise ConversionError(
-                f"{printable(destination)} is no folder: several files need one to go to; end a new one's name with /"
-            )
+        check_folder(request)
         found = list(find(request))
-        suffix = suffix or _likely_suffix(found)
+        if suffix is None:
+            suffix = _likely_suffix(found)
+        else:
+            found = _without_results(found, request, suffix)
         tasks = [
-            Task(one.path, destination / one.place.with_name(one.place.name + suffix), one.problem)
+            Task(one.path, target(one, request, suffix), one.problem)
             for one in found
             if one.problem or not one.scanned or is_perco(one.path) != (suffix == PERCO)
         ]
@@ -108,9 +112,24 @@ def plan(request: Request) -> list[Task]:
             captions = {picture_files.sidecar(task.source) for task in tasks if task.source.suffix != ".txt"}
             tasks = [task for task in tasks if task.source not in captions]
     if not tasks:
-        raise ConversionError(f"nothing to convert to {suffix} in {', '.join(request.sources)}")
+        raise ConversionError(f"nothing to convert to {suffix} in {some(request.sources)}")
     _check(tasks)
     return tasks
+
+
+def target(source: Source, request: Request, suffix: str) -> Path:
+    """The file that a source becomes, of several."""
+    return Path(request.destination, source.place.with_name(source.place.name + suffix))
+
+
+def check_folder(request: Request) -> None:
+    """Raises ConversionError unless the destination is a folder, or may become one."""
+    destination = Path(request.destination)
+    named_like_a_file = not request.destination.endswith(("/", os.sep)) and _is_picture_name(destination)
+    if not _is_folder(destination) and (os.path.lexists(destination) or named_like_a_file):
+        raise ConversionError(
+            f"{printable(destination)} is no folder: several files need one to go to; end a new one's name with /"
+        )
 
 
 def find(request: Request) -> Iterator[Source]:
@@ -120,15 +139,18 @@ def find(request: Request) -> Iterator[Source]:
     Raises ConversionError for a glob that matches nothing.
     """
     kinds = picture_files.readable_suffixes() | {PERCO}
-    out, seen = Path(request.destination).resolve(), set()
+    real = functools.cache(os.path.realpath)  # of folders, since there may be ten thousand files in one
+    out, seen = Path(real(request.destination)), set()
     for text in request.sources:
         for base, path, scanned, problem in _expand(text, request.recursive):
-            inside = out in path.resolve().parents and out not in (base.resolve(), *base.resolve().parents)
-            if scanned and (inside or not (problem or path.suffix.lower() in kinds)):
+            if scanned and not (problem or path.suffix.lower() in kinds):
                 continue
-            if path not in seen:
-                seen.add(path)
-                place = Path(path.resolve().name) if problem else _bare(path.relative_to(base))
+            below, top = Path(real(path.parent)), Path(real(base))
+            if scanned and out in (below, *below.parents) and out not in (top, *top.parents):
+                continue
+            if (below, path.name) not in seen:
+                seen.add((below, path.name))
+                place = Path(Path(real(path)).name) if scanned and problem else _bare(path.relative_to(base), kinds)
                 yield Source(path, place, scanned, problem)
 
 
@@ -165,22 +187,45 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]
     Last, why it cannot be read, or "".
     """
     path = Path(text)
-    if path.is_dir():
+    if _is_folder(path):
         yield from ((path, file, True, problem) for file, problem in scan(path, recursive))
-    elif path.exists() or not glob.has_magic(text):
-        # A file that is not there is told with the others that fail.
-        yield path.parent, path, False, ""
+    elif os.path.lexists(path) or not glob.has_magic(text):
+        yield path.parent, path, False, _problem(path)
     else:
-        matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+        matches = sorted(set(_matches(path)))
         if not matches:
             raise ConversionError(f"{printable(text)} matches nothing")
         base = _base(path) if "**" in path.parts else None
         for match in matches:
-            if match.is_dir():
+            if _is_folder(match):
                 below = scan(match, True) if recursive else []
                 yield from ((base or match.parent, file, True, problem) for file, problem in below)
             else:
                 yield base or match.parent, match, False, ""
+
+
+def _problem(path: Path) -> str:
+    """What is wrong with a file that was named, as far as its place tells: it is told with the others that fail."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return "there is no such file"
+    except OSError:  # which reading it will tell
+        return ""
+    return ""
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What a glob matches.  `**` stands for folders that are not hidden, nor links, which may go round in circles."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))  # noqa: PTH207
+        return
+    at = pattern.parts.index("**")
+    rest = pattern.parts[at + 1 :] or ("*",)
+    for top in _matches(Path(*pattern.parts[:at])):
+        for parent, folders, _ in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from _matches(Path(glob.escape(parent), *rest))
 
 
 def _base(pattern: Path) -> Path:
@@ -193,41 +238,46 @@ def _base(pattern: Path) -> Path:
     return Path(*plain)
 
 
-def _bare(path: Path) -> Path:
-    """The path without the suffixes of pictures: a.jpg and a.jpg.perco are both a picture called a."""
-    kinds = picture_files.readable_suffixes() | {PERCO}
-    first = path.with_suffix("")
-    while first.suffix.lower() in kinds:
-        first = first.with_suffix("")
-    return first
+def _bare(path: Path, kinds: Collection[str]) -> Path:
+    """The path without the suffixes of pictures, kinds: a.jpg and a.jpg.perco are both a picture called a."""
+    while path.suffix.lower() in kinds:
+        path = path.with_suffix("")
+    return path
 
 
 def _single_target(request: Request, suffix: str | None) -> Task | None:
     """The task where one file is to become one file of a name that is given, else None."""
     destination = Path(request.destination)
-    if len(request.sources) != 1 or request.destination.endswith(("/", os.sep)) or destination.is_dir():
+    if len(request.sources) != 1 or request.destination.endswith(("/", os.sep)) or _is_folder(destination):
         return None
     source = Path(request.sources[0])
-    if source.is_dir() or (glob.has_magic(request.sources[0]) and not source.exists()) or not destination.suffix:
+    is_glob = glob.has_magic(request.sources[0]) and not os.path.lexists(source)
+    if _is_folder(source) or is_glob or not destination.suffix:
         return None
-    kind = destination.suffix.lower()
     if not _is_picture_name(destination):
         raise ConversionError(
             f"{printable(destination)}: no picture format can be written under this name; try .png, or end the name "
             f"of a folder with /"
         )
-    if suffix is not None and suffix != kind:
+    if suffix is not None and picture_files.writable_kind(suffix) != picture_files.writable_kind(destination.suffix):
         raise ConversionError(f"{printable(destination)} is to be written, and {suffix} is asked for: name one of them")
-    return Task(source, destination)
+    return Task(source, destination, _problem(source))
 
 
 def _likely_suffix(found: Sequence[Source]) -> str:
     """.perco where there is a photo; .png where there are .perco files only."""
-    found = [one for one in found if not one.problem]
+    found = [one for one in found if not (one.scanned and one.problem)]
     photos = [one for one in found if not is_perco(one.path)]
     if photos and any(is_perco(one.path) and not one.scanned for one in found):
         raise ConversionError("there are photos and .perco files among the sources: say which to make, with --to")
     return PERCO if photos or not found else ".png"
+
+
+def _without_results(found: Sequence[Source], request: Request, suffix: str) -> list[Source]:
+    """Without the files that others of these become: a glob names what an earlier run has written beside its photos."""
+    to_convert = [one for one in found if is_perco(one.path) != (suffix == PERCO)]
+    results = {_identity(target(one, request, suffix)) for one in to_convert}
+    return [one for one in found if is_perco(one.path) != (suffix == PERCO) or _identity(one.path) not in results]
 
 
 def _check(tasks: Sequence[Task]) -> None:
@@ -244,10 +294,10 @@ def _check(tasks: Sequence[Task]) -> None:
     targets: dict[str, Task] = {}
     clashes = []
     for task in tasks:
-        target = _identity(task.target)
-        if target in sources:
-            raise ConversionError(f"{printable(sources[target])} is to be converted and would be written over")
-        other = targets.setdefault(target, task)
+        place = _identity(task.target)
+        if place in sources:
+            raise ConversionError(f"{printable(sources[place])} is to be converted and would be written over")
+        other = targets.setdefault(place, task)
         if other is not task:
             clashes.append(f"{printable(other.source)} and {printable(task.source)} (both {printable(task.target)})")
     if clashes:
@@ -260,4 +310,4 @@ def _check(tasks: Sequence[Task]) -> None:
 
 def _identity(path: Path) -> str:
     """The same for two names of one file, there or not."""
-    return os.path.normcase(path.resolve())
+    return os.path.normcase(os.path.realpath(path))

@@ -1,13 +1,28 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and how much of one is read."""
 
+import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+from .codes import MAX_FILE_BYTES
+from .printable import printable
 
 _unfinished: set[Path] = set()
 """What is being written at this moment."""
+
+
+def read_perco(path: Path) -> bytes:
+    """The bytes of a .perco file.  Raises OSError, for one that is larger than any needs to be, too."""
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise OSError(f"{printable(path)} is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
+    return data
 
 
 def write_beside(
@@ -57,6 +72,17 @@ def write_beside(
         raise
     finally:
         _unfinished.discard(beside)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end: whole or not at all.  Raises OSError."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def discard_unfinished() -> None:

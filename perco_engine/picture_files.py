@@ -20,8 +20,8 @@ EXIF_TAGS = (
 )  # fmt: skip
 """The tags of a TIFF file that tell of its picture, and not of how its bytes lie."""
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no picture, or a damaged or too large one."""
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a damaged or too large one; a RuntimeError of AVIF, DDS, BLP."""
 
 DROPS_OPACITY = {"BMP", "DIB", "PPM"}
 """Formats that Pillow writes RGBA in, and from which it comes back without its opacity."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import platformdirs
 from PIL import Image
@@ -15,6 +16,9 @@ from PIL import Image
 from . import files, picture_files, service
 from .bitstream import read_header
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .batch_options import DecodeOptions
 
 KEPT_BYTES = 256 << 20
 """Of pictures in the folder: older ones are removed when it holds more."""
@@ -35,21 +39,20 @@ def _cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("pillow-perco", appauthor=False))
 
 
-def decoded(file: Path, **options: object) -> Path:
+def decoded(file: Path, model: str | None = None, **options: "Unpack[DecodeOptions]") -> Path:
     """The PNG of what a .perco file holds: the one that is kept, or a new one, decoded by the warm engine.
 
-    options: steps, guidance_scale, seed, model; None: the file's and the model's.
-    Raises OSError, PercoError.
+    The options are those of `decode`.  Raises OSError, PercoError.
     """
-    data = file.read_bytes()
+    data = files.read_perco(file)
     header = read_header(data)
-    told = repr((__version__, sorted(options.items()))).encode()
+    told = repr((__version__, model, sorted(options.items()))).encode()
     kept = folder() / hashlib.sha256(told + data).hexdigest()[:24]
     # The viewer shows the name; a very long one leaves no room for .png.
     name = os.fsdecode(os.fsencode(file.stem)[:200]) + ".png"
     place = kept / name
     if not place.is_file():
-        picture, metadata = picture_files.turned(decode(data, **options), header.metadata)
+        picture, metadata = picture_files.turned(decode(data, model, **options), header.metadata)
         png = picture_files.picture_bytes(picture, "PNG", metadata.colours)
         _make_room(kept.parent)
         files.make_private(kept)
@@ -59,19 +62,17 @@ def decoded(file: Path, **options: object) -> Path:
     return place
 
 
-def decode(data: bytes, **options: object) -> Image.Image:
-    """The picture in the bytes of a file, by the warm engine, or by one of this process where there is none."""
-    try:
-        picture = service.decode(data, start_it=True, **options)  # type: ignore[arg-type]
-    except OSError:
-        picture = None
-    if picture is not None:
-        return picture
-    from .engine import engine_of_file
+def decode(data: bytes, model: str | None = None, **options: "Unpack[DecodeOptions]") -> Image.Image:
+    """The picture in the bytes of a file, by the warm engine, or by one of this process where there is none.
 
-    chosen = {name: value for name, value in options.items() if name != "model"}
-    model = options.get("model")
-    return engine_of_file(data, None if model is None else str(model)).decode(data, **chosen)  # type: ignore[arg-type]
+    model: the folder of the file's model, if it is not installed.  options: of `Engine.decode_batch`.
+    """
+    picture = service.decode(data, start_it=True, model=model, **options)
+    if picture is None:
+        from .engine import engine_of_file
+
+        picture = engine_of_file(data, model).decode(data, **options)
+    return picture
 
 
 def open_in_viewer(picture: Path) -> None:

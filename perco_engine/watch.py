@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .conversion import PERCO, Request, Source, Task, find, is_perco
+from .conversion import PERCO, Request, Source, Task, check_folder, find, is_perco
+from .conversion import target as target_of
 from .printable import printable
 
 POLL_SECONDS = 0.5
@@ -34,10 +35,11 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
     when it was changed.  Files that were converted before the watch began are left alone.
     existing: "overwrite" or "skip" targets that are there already; None: the task says that as its problem.  It does
         so always where the target is made of another file.
-    Never ends.  Raises ConversionError for a suffix that pictures cannot be written with.
+    Never ends.  Raises ConversionError, at the first task, for a suffix that pictures cannot be written with, and for
+    a destination that is no folder.
     """
     suffix = request.suffix() or PERCO
-    destination = Path(request.destination)
+    check_folder(request)
     changing: dict[Path, tuple[State, float]] = {}
     handed_out: dict[Path, State] = {}
     made_of: dict[Path, Path] = {}
@@ -47,7 +49,7 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
         for gone in handed_out.keys() - {one.path for one in found}:
             del handed_out[gone]
         for one in found:
-            target = destination / one.place.with_name(one.place.name + suffix)
+            target = target_of(one, request, suffix)
             state = _state(one.path)
             if state is None or handed_out.get(one.path) == state:
                 continue

@@ -11,15 +11,15 @@ from PIL import Image
 import pillow_perco
 from perco_engine import bitstream, conversion, picture_files
 from perco_engine.errors import PercoError
-from perco_engine.files import write_beside
+from perco_engine.files import read_perco, write_beside
 from perco_engine.printable import printable
 
 from .cli_compare import compare
-from .cli_convert import convert
+from .cli_convert import EXIT_INTERRUPTED, convert
 from .cli_desktop import desktop
 from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
-from .cli_options import EFFORT
+from .cli_options import EFFORT, FILE_MODEL, MODEL, SEED
 from .cli_train import train
 from .cli_view import service, view
 from .PercoImagePlugin import describe
@@ -33,6 +33,10 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (BrokenPipeError, RuntimeError):  # whoever read it is gone, which click knows; click's own; our fault
+            raise
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except (PercoError, *picture_files.UNREADABLE) as error:
             raise click.ClickException(str(error) or type(error).__name__) from error
 
@@ -48,9 +52,27 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
 def read_photo(path: Path, keep_metadata: bool = False) -> picture_files.Photo:
-    """A photo as a person sees it: upright, in sRGB."""
-    with Image.open(path) as photo:
-        return picture_files.read_photo(photo, keep_metadata)
+    """A photo as a person sees it: upright, in sRGB.  Raises click.ClickException for what is none."""
+    try:
+        with Image.open(path) as photo:
+            return picture_files.read_photo(photo, keep_metadata)
+    except picture_files.UNREADABLE as error:
+        text = str(error) or type(error).__name__
+        raise click.ClickException(text if printable(path) in text else f"{printable(path)}: {text}") from error
+
+
+def refuse_overwriting(source: Path, target: Path) -> None:
+    """Raises click.ClickException where both are one file."""
+    if target.exists() and source.samefile(target):
+        raise click.ClickException(f"{printable(target)} would be written over: choose another name")
+
+
+def kind_of(target: Path) -> str:
+    """Pillow's name of the format that this name stands for.  Raises click.ClickException where it is none."""
+    kind = picture_files.writable_kind(target.suffix)
+    if kind is None:
+        raise click.ClickException(f"{printable(target)}: no picture format can be written under this name; try .png")
+    return kind
 
 
 def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
@@ -80,7 +102,7 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.option(
     "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."
 )
-@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@MODEL
 @click.option("--no-alpha", is_flag=True, help="Drop opacity.")
 @click.option(
     "--keep-metadata", is_flag=True, help="Store the photo's EXIF and XMP (they are larger than the picture)."
@@ -100,8 +122,7 @@ def encode(
         raise click.ClickException(
             f"{printable(target)}: encode writes .perco files; end the name so, or see perco convert"
         )
-    if target.exists() and source.samefile(target):
-        raise click.ClickException(f"{printable(target)} would be written over: choose another name")
+    refuse_overwriting(source, target)
     read = read_photo(source, keep_metadata)
     photo, metadata = read.image, {name: block for name, block in vars(read.metadata).items() if block}
     pillow_perco.save(photo, target, alpha=not no_alpha, **options, **metadata)
@@ -115,9 +136,9 @@ def encode(
 @click.argument("target", type=OUTPUT)
 @click.option("--steps", type=click.IntRange(0), help="Denoising steps (0: the hyper-latent's own estimate).")
 @click.option("--guidance", type=float, help="Guidance scale, for models that read captions.")
-@click.option("--seed", type=click.IntRange(0), help="Another seed than the file's.")
+@SEED
 @click.option("--max-size", type=click.IntRange(1), help="Longer side of the result, in pixels, at most.")
-@click.option("--model", help="The folder of the file's model, if it is not a registered one.")
+@FILE_MODEL
 @click.option("--samples", type=click.IntRange(1), help="Write a sheet of so many plausible originals, a seed each.")
 def decode(
     source: Path, target: Path, steps: int | None, guidance: float | None, seed: int | None,
@@ -127,14 +148,12 @@ def decode(
     from perco_engine.engine import engine_of_file
     from perco_engine.evaluation.contact_sheet import samples_sheet
 
-    kind = picture_files.writable_kind(target.suffix)
-    if kind is None:
-        raise click.ClickException(f"{printable(target)}: no picture format can be written under this name; try .png")
-    data = source.read_bytes()
+    kind = kind_of(target)
+    data = read_perco(source)
     header = bitstream.read_header(data)
     engine = engine_of_file(data, model)
     first = header.seed if seed is None else seed
-    seeds = [first + k for k in range(samples or 1)]
+    seeds = [(first + k) % 2**32 for k in range(samples or 1)]
     pictures = engine.decode_batch(
         [data] * len(seeds), steps=steps, guidance_scale=guidance, seed=seeds, max_size_px=max_size
     )
@@ -149,7 +168,7 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: Path, as_json: bool) -> None:
     """Tell what a .perco file says, without decoding its pixels."""
-    data = file.read_bytes()
+    data = read_perco(file)
     header = bitstream.read_header(data)
     said = {**describe(header, len(data)), "mode": "RGBA" if header.has_alpha else "RGB"}
     if as_json:
@@ -173,6 +192,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     """
     from perco_engine import reference_files
 
+    refuse_overwriting(source, target)
     with source.open("rb") as file:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
     converted = reference_files.convert(data, bpp)
@@ -190,9 +210,11 @@ def demo(photo: Path, out: Path, effort: int | None) -> None:
     """Encode a photo at every rate: a contact sheet of what comes back, and a table."""
     from perco_engine.evaluation.demo import run
 
-    sheet, table = run(read_photo(photo).image.convert("RGB"), effort=effort)
-    sheet.save(out)
+    refuse_overwriting(photo, out)
+    kind = kind_of(out)
+    sheet, table = run(read_photo(photo).image, effort)
     click.echo(table)
+    write_beside(out, picture_files.picture_bytes(sheet, kind))
     click.echo(f"\nlook at {printable(out)}")
 
 

@@ -6,7 +6,7 @@ import click
 
 from perco_engine.printable import printable
 
-from .cli_options import EFFORT, OUT, listed
+from .cli_options import EFFORT, MODEL, OUT, listed, tell
 
 PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
 PAGE = click.Path(dir_okay=False, path_type=Path)
@@ -17,7 +17,7 @@ PAGE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--out", type=PAGE, default=Path("perco-compare.html"), show_default=True, help="Where the page is written."
 )
-@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
 @click.option(
     "--max-size", type=click.IntRange(16), default=1024, show_default=True, help="Larger photos are reduced first."
@@ -48,5 +48,5 @@ def compare(
         peers,
         effort,
     )
-    comparing.compare(photos, out, settings, lambda text: click.echo(text, err=True))
+    comparing.compare(photos, out, settings, tell)
     click.echo(f"look at {printable(out)}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")

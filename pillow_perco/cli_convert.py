@@ -1,13 +1,14 @@
 """`perco convert`: many files, in both directions."""
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ from perco_engine.conversion import Request, Task
 from perco_engine.errors import ConversionError
 from perco_engine.printable import printable, some
 
-from .cli_options import EFFORT
+from .cli_options import EFFORT, MODEL
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -44,7 +45,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 )
 @click.option("--skip-existing", "existing", flag_value="skip", help="Leave files alone that are there already.")
 @click.option("--overwrite", "existing", flag_value="overwrite", help="Replace files that are there already.")
-@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@MODEL
 @click.option(
     "--bpp",
     type=click.FloatRange(0, min_open=True),
@@ -87,12 +88,17 @@ def convert(
         raise click.UsageError("name the files to convert, or a folder to --watch, and where they are to go")
     if watch is not None and dry_run:
         raise click.UsageError("--watch and --dry-run exclude each other")
+    if not destination or not all(sources):
+        raise click.UsageError("an empty name is neither a file nor a folder")
+    if not math.isfinite(settings["bpp"] or 0):
+        raise click.BadParameter(f"{settings['bpp']} is no rate", param_hint="--bpp")
     request = Request([watch] if watch is not None else sources, destination, to, recursive)
     try:
         if watch is None:
             tasks, skipped = _planned(request, existing)
             encodes = any(task.encodes for task in (*tasks, *skipped))
         else:
+            conversion.check_folder(request)
             encodes = (request.suffix() or conversion.PERCO) == conversion.PERCO
     except ConversionError as error:
         raise click.UsageError(str(error)) from error
@@ -225,11 +231,14 @@ def _stoppable(report: _Report) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, _Terminated) as stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        report.end()
-        if not report.quiet:
-            click.echo("stopped; to go on, say it again with --skip-existing", err=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(BrokenPipeError):  # the same Ctrl-C has ended whoever reads this
+            if report.counts or report.as_json:
+                report.end()
+            sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            if not report.quiet:
+                click.echo("stopped; to go on, say it again with --skip-existing", err=True)
+            sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else EXIT_TERMINATED)
     finally:
         signal.signal(signal.SIGINT, before[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from perco_engine.printable import printable
 
@@ -16,6 +17,8 @@ FILES = click.Path(dir_okay=False, path_type=Path)  # one that is gone is told w
 @click.group()
 def desktop() -> None:
     """Show .perco files in file managers, convert by right-click, open by double-click."""
+    if sys.platform in ("win32", "darwin"):
+        raise click.ClickException("the file managers of this system cannot be taught .perco: perco view shows a file")
 
 
 def which_place(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +43,9 @@ def place_for(system: bool, prefix: Path, destdir: Path | None) -> Any:
     from .desktop import points
 
     if not system:
+        context = click.get_current_context()
+        if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("prefix", "destdir")):
+            raise click.UsageError("--prefix and --destdir go with --system")
         return points.user_place()
     if not prefix.is_absolute():
         raise click.BadParameter("the prefix must be an absolute path")

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from .cli_options import EFFORT, FOLDER, OUT, listed
+from .cli_options import EFFORT, FOLDER, MODEL, OUT, listed, tell
 
 
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--out", required=True, type=OUT, help="Folder of the results.")
-@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
 @click.option("--steps", metavar="A,B,...", help="Denoising steps, a decode each.  [default: the model's]")
 @click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
@@ -46,7 +46,7 @@ def evaluate(
         peers,
         jobs,
     )
-    run = evaluation.evaluate(settings, lambda text: click.echo(text, err=True))
+    run = evaluation.evaluate(settings, tell)
     click.echo(report.write(run))
     click.echo(f"\nlook at {out / 'summary.md'}")
 
@@ -69,13 +69,13 @@ def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | 
 
     names = listed(metrics, str) or tuple(all_metrics.METRICS)
     rates, formats = listed(bpp, float), listed(against, str)
-    click.echo(peers.tabulate(folder, keep, rates, formats, names, jobs, lambda text: click.echo(text, err=True)))
+    click.echo(peers.tabulate(folder, keep, rates, formats, names, jobs, tell))
 
 
 @click.command("captions")
 @click.argument("folder", type=FOLDER)
 @click.option("--out", required=True, type=OUT, help="Folder of the results.")
-@click.option("--model", default="embedded", show_default=True, help="A registered model, or a model folder.")
+@MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
 @click.option("--captioner", default="tags", show_default=True, help="For photos without a .txt file beside them.")
 @click.option("--metrics", metavar="A,B,...", default="lite0,lite2", show_default=True, help="Names as in the results.")
@@ -90,7 +90,7 @@ def compare_captions(
     from perco_engine.evaluation import captions
 
     settings = captions.Settings(folder, out, model, listed(bpp, float), captioner, listed(metrics, str), limit)
-    click.echo(captions.tabulate(settings, lambda text: click.echo(text, err=True)))
+    click.echo(captions.tabulate(settings, tell))
 
 
 @click.command("select-coco")

@@ -106,7 +106,7 @@ def _is_chosen(checkpoint: Any) -> bool:
 def verify(name: str | None) -> None:
     """Read every file of the model NAME, or of all, and compare it with what was installed."""
     from perco_engine import weights
-    from perco_engine.store import inventory
+    from perco_engine.store import checkpoint, inventory
 
     if name is None:
         folders = [one.folder for one in inventory.list_models() if one.folder.parent == weights.models_folder()]
@@ -114,13 +114,15 @@ def verify(name: str | None) -> None:
         folders = [weights.models_folder() / one for one in inventory.installed_names(name)]
     if not folders:
         click.echo("nothing is installed beside the models of this package")
-    damaged = 0
+    damaged = []
     for folder in folders:
         wrong = inventory.verify(folder)
-        damaged += bool(wrong)
+        damaged += [folder] if wrong else []
         click.echo(f"{folder.name}: {'ok' if not wrong else '; '.join(wrong)}")
-    if damaged:
+    if any((folder / checkpoint.RECORD).exists() for folder in damaged):
         raise click.ClickException("perco models remove NAME, and install it again")
+    if damaged:
+        raise click.exceptions.Exit(1)
 
 
 @models.command()

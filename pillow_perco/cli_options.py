@@ -6,11 +6,21 @@ from typing import Any
 import click
 
 OUT = click.Path(file_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+MODEL = click.option(
+    "--model", default="embedded", show_default=True, help="The name of a model (perco models list), or a model folder."
+)
+FILE_MODEL = click.option("--model", help="The folder of the file's model, if it is not installed.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Another seed than the file's.")
 EFFORT = click.option(
     "--effort", type=click.IntRange(0, 100),
-    help="To .perco: steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
+    help="Steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
 )  # fmt: skip
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def tell(text: str) -> None:
+    """Tells how far a long command is, on stderr."""
+    click.echo(text, err=True)
 
 
 def listed(text: str | None, kind: type) -> tuple[Any, ...]:

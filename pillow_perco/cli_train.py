@@ -1,8 +1,13 @@
 """`perco train`: thin commands over perco_engine.training."""
 
+import shlex
 from pathlib import Path
 
 import click
+
+from perco_engine.printable import printable
+
+from .cli_options import tell
 
 
 @click.command()
@@ -50,6 +55,6 @@ def start(config: Path, processes: int | None) -> None:
             check(config)  # wrong settings are told once, and not by each process
             running.launch(config, wanted)
             return
-    folder = train(config, lambda text: click.echo(text, err=True))
+    folder = train(config, tell)
     if running.is_first():
-        click.echo(f"{folder}: done; install it with: perco models import {folder}")
+        click.echo(f"{folder}: done; install it with: perco models import {shlex.quote(printable(folder))}")

@@ -12,6 +12,7 @@ from perco_engine.errors import PercoError
 from perco_engine.printable import printable
 from perco_engine.terminal import PROTOCOLS, Protocol
 
+from .cli_options import FILE_MODEL, SEED
 from .desktop.menu import notify
 
 
@@ -21,8 +22,8 @@ from .desktop.menu import notify
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="For the terminal.  [default: what it says it can]")
 @click.option("--width", type=click.IntRange(1), help="For the terminal: columns.  [default: all]")
 @click.option("--steps", type=click.IntRange(0), help="Denoising steps.")
-@click.option("--seed", type=click.IntRange(0), help="Another seed than the file's.")
-@click.option("--model", help="The folder of the file's model, if it is not a registered one.")
+@SEED
+@FILE_MODEL
 def view(
     file: Path, in_terminal: bool, protocol: Protocol | None, width: int | None, steps: int | None, seed: int | None,
     model: str | None,
@@ -54,8 +55,11 @@ def service() -> None:
 
 
 @service.command()
-@click.option("--idle", default=warm.IDLE_SECONDS, show_default=True, help="Seconds without work until it ends.")
-def start(idle: float) -> None:
+@click.option(
+    "--idle", type=click.IntRange(1), default=int(warm.IDLE_SECONDS), show_default=True,
+    help="Seconds without work until it ends.",
+)  # fmt: skip
+def start(idle: int) -> None:
     """Start it, unless it runs."""
     click.echo(f"running, process {warm.start(idle)['pid']}")
 

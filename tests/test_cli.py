@@ -85,6 +85,11 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
         (("encode", "{jpeg}", "{out}", "--max-bytes", "3"), "more than max_bytes=3"),
         (("encode", "{jpeg}", "{out}", "--model", "none"), "neither a registered model"),
         (("encode", "{text}", "{out}"), "cannot identify image file"),
+        (("encode", "{avif}", "{out}"), "broken.avif: "),
+        (("info", "{large}"), "is larger than 268435456 bytes, which no .perco file needs to be"),
+        (("demo", "--photo", "{png}", "--out", "{png}"), "would be written over"),
+        (("demo", "--photo", "{jpeg}", "--out", "{text}.foo"), "no picture format"),
+        (("convert-reference", "{out}", "{out}"), "would be written over"),
         (("decode", "{jpeg}", "{png}"), "not a .perco file"),
         (("decode", "{cut}", "{png}"), "copy or download it again"),
         (("info", "{cut}"), "copy or download it again"),
@@ -99,7 +104,13 @@ def test_what_goes_wrong_is_told_in_one_line(arguments: tuple[str, ...], says: s
     text.write_text("no picture")
     perco("encode", jpeg, cut)
     cut.write_bytes(cut.read_bytes()[:-4])
-    result = perco(*(argument.format(jpeg=jpeg, out=out, png=png, text=text, cut=cut) for argument in arguments))
+    avif, large = tmp_path / "broken.avif", tmp_path / "large.perco"
+    Image.new("RGB", (64, 64), "teal").save(avif)
+    avif.write_bytes(avif.read_bytes()[:-40] + bytes(40))
+    with large.open("wb") as file:
+        file.truncate(300 << 20)
+    names = {"jpeg": jpeg, "out": out, "png": png, "text": text, "cut": cut, "avif": avif, "large": large}
+    result = perco(*(argument.format(**names) for argument in arguments))
     assert result.exit_code in (1, 2)
     assert says in result.output and "Traceback" not in result.output
     assert out.read_bytes() == png.read_bytes() == b"precious"
@@ -110,6 +121,21 @@ def test_decode_to_a_name_of_no_known_format(jpeg: Path, tmp_path: Path) -> None
     result = perco("decode", tmp_path / "x.perco", tmp_path / "x.nothing")
     assert result.exit_code == 1 and "no picture format" in result.output
     assert not (tmp_path / "x.nothing").exists()
+
+
+def test_samples_of_the_last_seed(jpeg: Path, tiny_model: Path, tmp_path: Path) -> None:
+    data, sheet = tmp_path / "x.perco", tmp_path / "sheet.png"
+    assert perco("encode", jpeg, data, "--model", tiny_model, "--seed", 2**32 - 1).exit_code == 0
+    assert perco("decode", data, sheet, "--samples", 2).exit_code == 0 and sheet.exists()
+
+
+def test_a_reader_that_is_gone_is_no_error(jpeg: Path, tmp_path: Path) -> None:
+    perco("encode", jpeg, tmp_path / "x.perco")
+    command = [sys.executable, "-m", "pillow_perco.cli", "info", str(tmp_path / "x.perco")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_demo(jpeg: Path, tmp_path: Path) -> None:

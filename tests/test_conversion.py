@@ -104,7 +104,48 @@ def test_names_as_text() -> None:
 def test_captions_beside_photos_are_no_sources(tree: Path) -> None:
     Path("in/a.txt").touch()
     assert planned("in/a*") == planned("in/a.txt", "in/a.jpg") == [("in/a.jpg", "out/a.perco")]
-    assert planned("in/notes.txt") == [("in/notes.txt", "out/notes.perco")]  # whose failure is told
+    assert planned("in/notes.txt") == [("in/notes.txt", "out/notes.txt.perco")]  # whose failure is told
+
+
+def test_globs_do_not_go_round_in_circles(tree: Path) -> None:
+    for link in ("loop", "again"):
+        Path("in", link).symlink_to(".")
+    assert planned("in/**/*.jpg") == [("in/a.jpg", "out/a.perco"), ("in/sub/c.jpg", "out/sub/c.perco")]
+    assert planned("in/**/sub/**/*.jpg") == [("in/sub/c.jpg", "out/sub/c.perco")]
+    assert ("in/sub/c.jpg", "out/sub/c.perco") in planned("in/**", to="perco")
+
+
+def test_a_glob_names_what_an_earlier_run_has_made(tree: Path) -> None:
+    Path("in/a.perco").touch()
+    both = ["in/a.jpg", "in/b.PNG", "in/a.perco"]
+    assert planned(*both, out="in", to="perco") == [("in/a.jpg", "in/a.perco"), ("in/b.PNG", "in/b.perco")]
+    Path("in/z.perco").touch()
+    Path("in/z.png").touch()
+    assert planned("in/z.png", "in/z.perco", out="in", to="png") == [("in/z.perco", "in/z.png")]
+    with pytest.raises(ConversionError, match="say which to make"):  # a.perco may be the only original
+        planned(*both, out="in")
+
+
+def test_what_nobody_may_look_at_is_told_with_the_others(tree: Path) -> None:
+    Path("in/loop.jpg").symlink_to("loop.jpg")
+    tasks = plan(Request(["in/a.jpg", "in/loop.jpg", "in/typo.jpg", f"in/{'x' * 300}.jpg"], "out"))
+    assert [task.problem for task in tasks] == ["", "", "there is no such file", ""]
+    assert plan(Request(["in/typo.jpg"], "x.perco"))[0].problem == "there is no such file"
+
+
+def test_one_file_by_two_names(tree: Path) -> None:
+    assert planned("in/a.jpg", str(Path("in/a.jpg").absolute()), "in/sub/../a.jpg") == [("in/a.jpg", "out/a.perco")]
+
+
+def test_names_that_end_in_no_suffix_of_a_picture(tree: Path) -> None:
+    Path("in/2024 10.30.15").touch()
+    Path("in/2024 10.30.20").touch()
+    assert [target for _, target in planned("in/2024*")] == ["out/2024 10.30.15.perco", "out/2024 10.30.20.perco"]
+
+
+def test_a_format_by_its_other_name(tree: Path) -> None:
+    Path("in/z.perco").touch()
+    assert planned("in/z.perco", out="z.jpg", to="jpeg") == [("in/z.perco", "z.jpg")]
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_says_nothing_of_the_direction(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,7 +112,9 @@ def test_failures_are_told_at_the_end_in_a_line_each(photos: Path) -> None:
         f"{photos}/bad.jpg", f"{photos}/cut.png",
     ]  # fmt: skip
     result = convert("nowhere.jpg", photos / "a.jpg", "more/")
-    assert result.exit_code == 1 and Path("more/a.perco").exists() and "No such file" in result.stderr
+    assert result.exit_code == 1 and Path("more/a.perco").exists() and "there is no such file" in result.stderr
+    result = convert("nowhere.jpg", "more/", "--dry-run")
+    assert result.exit_code == 1 and "nowhere.jpg: there is no such file" in result.stderr
 
 
 def test_the_bytes_are_those_of_perco_encode(photos: Path) -> None:
@@ -176,6 +179,10 @@ def test_a_dry_run_does_nothing(photos: Path) -> None:
         (("in", "out", "--bpp", -1), "--bpp"),
         (("in/a.jpg", "in/a.jpg"), "one of the two has to be"),
         (("in", "out", "--watch", "in"), "name the files to convert"),
+        (("", "out"), "an empty name is neither a file nor a folder"),
+        (("in", ""), "an empty name is neither a file nor a folder"),
+        (("in", "out", "--bpp", "nan"), "nan is no rate"),
+        (("--watch", "in", "in/a.jpg"), "is no folder"),
     ],
 )
 def test_requests_that_make_no_sense(arguments: tuple[object, ...], says: str, photos: Path) -> None:
@@ -186,6 +193,35 @@ def test_requests_that_make_no_sense(arguments: tuple[object, ...], says: str, p
 def test_a_model_that_is_not_there_ends_it(photos: Path) -> None:
     result = convert(photos, "out", "--model", "none")
     assert result.exit_code == 1 and "neither a registered model" in result.stderr and not Path("out").exists()
+
+
+def test_a_captioner_that_is_not_there_ends_it(photos: Path) -> None:
+    result = convert("in/a.jpg", "in/sub", "out", "--captioner", "./none")
+    assert result.exit_code == 1 and result.output.count("there is no folder './none'") == 1
+
+
+def test_a_second_interrupt_leaves_no_part_of_a_file(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while writers are waited for."""
+    photo.save("a.png")
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        writing.set()
+        go_on.wait(60)
+
+    monkeypatch.setattr("perco_engine.files.os.fsync", slow)
+    work = batch._Work([Task(Path("a.png"), Path("out/a.perco"))], Settings(thumbnails=False))
+    running = threading.Thread(target=lambda: list(work.results()), daemon=True)
+    running.start()
+    assert writing.wait(120)
+    with monkeypatch.context() as patch:
+        for writer in work._writers:
+            patch.setattr(writer, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            work.stop()
+    assert names("out") == []
+    go_on.set()
+    running.join(60)
 
 
 def test_sources_are_removed_only_when_the_file_was_read_back(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,9 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
     from PIL import ImageOps
 
     from perco_engine import get_engine
+    from perco_engine.pixels import to_rgb
 
-    photo = ImageOps.fit(photo.convert("RGB"), SIZE)
+    photo = ImageOps.fit(to_rgb(photo), SIZE)
     engine = get_engine()
     points = engine.rate_points
     files = [engine.encode(photo, bpp=point.bpp) for point in points]

@@ -20,6 +20,7 @@ from PIL import Image, ImageChops, ImageOps
 from .. import batch, heap
 from ..batch_networks import Settings, most_in_batch
 from ..conversion import Request, Task, plan
+from ..pixels import to_rgb
 from .bench import SIZE, machine
 
 TURNS = 10
@@ -40,7 +41,7 @@ def measure(photo: Image.Image, count: int, *, mixed: bool = False) -> dict[str,
     from perco_engine import get_engine
 
     engine = get_engine()
-    photo = photo.convert("RGB")
+    photo = to_rgb(photo)
     most = 1 if mixed else most_in_batch(SIZE[0] * SIZE[1])
     engine.encode_batch([_variant(photo, 0, mixed)] * most)
     turns = [range(turn * count // TURNS, (turn + 1) * count // TURNS) for turn in range(TURNS)]

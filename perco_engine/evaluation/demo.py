@@ -6,8 +6,7 @@ import time
 from PIL import Image
 
 from perco_engine import get_engine
-from perco_engine.engine import Engine
-from perco_engine.family import FamilyEngine
+from perco_engine.pixels import to_rgb
 
 from .contact_sheet import Cell, contact_sheet
 from .metrics import psnr
@@ -18,15 +17,13 @@ COLUMNS = 4
 """The original and up to seven rates in two rows."""
 
 
-def run(
-    photo: Image.Image, engine: Engine | FamilyEngine | None = None, effort: int | None = None
-) -> tuple[Image.Image, str]:
+def run(photo: Image.Image, effort: int | None = None) -> tuple[Image.Image, str]:
     """The contact sheet (original and one reconstruction for each rate point, bytes under each), and the table.
 
-    effort: steps of the search for better codes; None: the usual.
+    photo: of any mode, its opacity is dropped.  effort: steps of the search for better codes; None: the usual.
     """
-    engine = engine or get_engine()
-    photo = photo.copy()
+    engine = get_engine()
+    photo = to_rgb(photo).copy()
     photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     pixels = photo.width * photo.height
     cells = [Cell(photo, ("original", f"{photo.width}x{photo.height} pixels, {3 * pixels:,} bytes of RGB"))]
