@@ -158,10 +158,8 @@ def previewer(model: weights.Model) -> Previewer:
 def render(data: bytes, max_size_px: int) -> Image.Image:
     """A small picture of a .perco file: max_size_px on its longer side, or of its own size where that is less.
 
-    Upright, where the file holds EXIF.
-
-    Mode RGB, or RGBA where the file holds opacity.  Raises BitstreamError, LimitExceeded, ModelUnavailable,
-    InvalidModel, PreviewUnavailable.
+    Turned as the EXIF, or XMP, of the file says.  Mode RGB, or RGBA where the file holds opacity.
+    Raises BitstreamError, LimitExceeded, ModelUnavailable, InvalidModel, PreviewUnavailable.
     """
     header = bitstream.read_header(data)
     width, height = header.width_px, header.height_px

@@ -41,6 +41,8 @@ MAX_PICTURE_BYTES = 256 << 20
 """Of the pixels of a reply; larger pictures are refused."""
 
 MAX_CONNECTIONS = 8
+"""Beyond these nothing is decoded, and beyond twice as many nothing answered."""
+
 TRANSFER_SECONDS = 10.0
 IDLE_SECONDS = 300.0
 START_SECONDS = 60.0
@@ -54,7 +56,7 @@ _LONGEST_ADDRESS = 100
 def runtime_folder() -> Path:
     """The folder of the socket, for this user alone; made if it is not there.
 
-    In XDG_RUNTIME_DIR, or in the system's folder for temporary files.
+    In XDG_RUNTIME_DIR, if that is this user's, or in the system's folder for temporary files.
     Raises OSError where it is another user's, or others may look into it, and on Windows.
     """
     if sys.platform == "win32":
@@ -62,13 +64,18 @@ def runtime_folder() -> Path:
     named = os.environ.get("XDG_RUNTIME_DIR", "")
     folder = Path(named) / "pillow-perco"
     short = len(os.fsencode(folder / "engine.socket")) <= _LONGEST_ADDRESS
-    if not (Path(named).is_absolute() and os.access(named, os.W_OK) and short):
+    # Another user's, as root may have it from su, is not to hold what its owner could not use any more.
+    if not (Path(named).is_absolute() and short and os.access(named, os.W_OK) and _is_own(Path(named))):
         folder = Path(tempfile.gettempdir()) / f"pillow-perco-{os.geteuid()}"
     files.make_private(folder)
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid() or stat.S_IMODE(state.st_mode) & 0o077:
         raise PermissionError(f"{folder} is not a folder of this user alone: remove it, or set XDG_RUNTIME_DIR")
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    return folder.stat().st_uid == os.geteuid()
 
 
 def decode(data: bytes, *, start_it: bool = False, model: str | None = None, **options: Any) -> "Image.Image | None":
@@ -249,7 +256,7 @@ class _Service:
                 connection, _ = listening.accept()
             except TimeoutError:
                 continue
-            if peer_uid(connection) != os.geteuid() or self._busy >= MAX_CONNECTIONS:
+            if peer_uid(connection) != os.geteuid() or self._busy >= 2 * MAX_CONNECTIONS:
                 connection.close()
                 continue
             with self._lock:
@@ -280,6 +287,8 @@ class _Service:
             }, b""  # fmt: skip
         if do != "decode":
             return {"ok": False, "error": "ValueError", "text": f"no service does {do!r}"}, b""
+        if self._busy > MAX_CONNECTIONS:  # others, which may ask for its status, are let in
+            return {"ok": False, "error": "OSError", "text": "the service is busy"}, b""
         try:
             picture = self._decode(payload, request.get("model"), request.get("options") or {})
         except Exception as error:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 from .errors import LimitExceeded, ModelUnavailable, PercoError
 from .thumbnails import LARGEST_PX, keys, png, thumbnail_name, uri
@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _path(text: str) -> str:
     """The path that an argument names, itself or as a file:// URI."""
-    return "/" + unquote(text.removeprefix("file://")).partition("/")[2] if text.startswith("file://") else text
+    if not text.startswith("file://"):
+        return text
+    return "/" + os.fsdecode(unquote_to_bytes(os.fsencode(text.removeprefix("file://")))).partition("/")[2]
 
 
 def limit() -> None:
@@ -164,7 +166,13 @@ def full(data: bytes, size_px: int) -> "Image.Image":
 
     picture = service.decode(data, max_size_px=size_px)
     if picture is None:
-        from .engine import engine_of_file
+        try:
+            from .engine import engine_of_file
+        except ImportError as error:
+            raise ModelUnavailable(
+                f"--quality full needs torch, which is not here ({error}): run perco view first, whose engine stays "
+                f"warm, or the perco-thumbnailer of the environment that has torch"
+            ) from error
 
         picture = engine_of_file(data).decode(data, max_size_px=size_px)
     return turned(picture, read_header(data).metadata)[0]

@@ -1,6 +1,7 @@
 """Installing the desktop points, and taking them out: every other file stays as it was, byte for byte."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -285,12 +286,21 @@ def test_what_the_system_has_is_no_fault_of_the_user_s(home: Path, monkeypatch: 
     ours = (home / ".local/share").rglob("*pillow*")
     assert not any(path.suffix == ".thumbnailer" for path in ours)
     lines = perco("status").output.splitlines()
-    assert any(line.startswith("desktop, this user") and "installed, " in line for line in lines), lines
+    for place in ("this user", "system"):
+        assert any(line.startswith(f"desktop, {place}") and "installed, " in line for line in lines), lines
     assert not any(line.startswith("thumbnailer, this user") for line in lines)
+    assert not any("other users cannot run" in line for line in lines)
 
 
 def test_a_program_s_path_is_told_as_it_is(home: Path) -> None:
-    place = replace(points.user_place(), thumbnailer=home / "bin" / "perco-thumbnailer")
+    perco = home / 'a "b\\b 100%free' / "perco"
+    place = replace(points.user_place(), thumbnailer=home / "bin" / "perco-thumbnailer", perco=(str(perco),))
+    text = points.files(place)[place.data / points.VIEWER][0].decode()
+    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    assert shlex.split(lines["Exec"].replace("%%", "%")) == [str(perco), "view", "%f"] and "100%%free" in lines["Exec"]
+    menu = points.files(place)[place.data / "nautilus-python/extensions/pillow_perco_menu.py"][0].decode()
+    line = next(line for line in menu.splitlines() if line.startswith("PERCO = "))
+    assert eval(line.removeprefix("PERCO = ").partition("  #")[0], {"json": json}) == [str(perco)]
     text = points.files(place)[place.data / "thumbnailers/pillow-perco.thumbnailer"][0].decode()
     lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     assert lines["TryExec"] == f"{home}/bin/perco-thumbnailer"
@@ -310,6 +320,55 @@ def test_a_user_makes_room_for_what_is_installed_for_all(home: Path, monkeypatch
     assert not list((home / ".local/share/thumbnailers").glob("*"))
     perco("uninstall")
     assert snapshot(home) == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder away")
+def test_another_user_s_home_is_not_installed_into(home: Path) -> None:
+    os.chown(home, 65534, 65534)
+    assert "is not this user's own: run it as its owner, or use --system" in perco("install").output
+    assert snapshot(home) == {}
+
+
+def test_without_a_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert "no home folder to install into: use --system" in perco("install").output
+    assert "no home folder" in perco("status").output
+
+
+def test_options_of_another_place(home: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["desktop", "install", "--destdir", str(tmp_path / "package")])
+    assert result.exit_code == 2 and "go with --system" in result.output and snapshot(home) == {}
+
+
+def test_a_menu_that_is_gone_is_told(home: Path) -> None:
+    perco("install")
+    (home / ".config/Thunar/uca.xml").unlink()
+    result = perco("status")
+    assert result.exit_code == 1 and "our entries are not in" in result.output
+
+
+def test_a_failure_that_was_noted_is_no_fault_of_the_installation(home: Path) -> None:
+    perco("install")
+    noted = home / ".cache/thumbnails/fail/x/y.png"
+    noted.parent.mkdir(parents=True)
+    info = PngInfo()
+    info.add_text("Thumb::URI", "file:///x.perco")
+    Image.new("L", (1, 1)).save(noted, pnginfo=info)
+    result = perco("status")
+    assert result.exit_code == 0 and "1 failures are noted" in result.output
+
+
+def test_menus_run_no_module_that_lies_beside_the_photos(home: Path, photo: Image.Image, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("open('was-here', 'w')")
+    photo.save(tmp_path / "1.jpg")
+    command = "import sys; from pathlib import Path; from pillow_perco.desktop.menu import convert_beside; "
+    command += "print(list(convert_beside([Path(sys.argv[1])], 'perco', '0.002')))"
+    command_line = [sys.executable, "-P", "-c", command, "1.jpg"]
+    run = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]" and (tmp_path / "1.perco").exists() and not (tmp_path / "was-here").exists()
 
 
 def test_what_a_lost_manifest_knew_is_taken_out(home: Path) -> None:

@@ -110,6 +110,27 @@ def test_another_user_is_not_answered(runtime: Path) -> None:
     thread.join()
 
 
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may use what is another's")
+def test_another_user_s_folder_is_not_used(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(runtime.parent, 65534, 65534)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(runtime.parent / "temporary"))
+    assert service.runtime_folder().parent.name == "temporary" and not runtime.exists()
+
+
+def test_a_busy_service_can_be_stopped(runtime: Path, data: bytes) -> None:
+    one = service._Service(60)
+    one._busy = service.MAX_CONNECTIONS
+    thread = threading.Thread(target=one.serve)
+    thread.start()
+    end = time.monotonic() + 60
+    while service.status() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert service.decode(data) is None
+    assert service.stop()
+    thread.join()
+
+
 def test_a_folder_that_others_see_is_not_used(runtime: Path, data: bytes) -> None:
     runtime.mkdir(mode=0o755)
     runtime.chmod(0o755)

@@ -57,6 +57,9 @@ def test_it_writes_a_png_whatever_the_name(coded: Path, tmp_path: Path, size: st
 
 def test_it_takes_uris(coded: Path, tmp_path: Path) -> None:
     assert thumbnail("-s", "64", uri(coded), tmp_path / "x.png").returncode == 0
+    odd = tmp_path / os.fsdecode(b"\xff%.perco")
+    coded.rename(odd)
+    assert thumbnail("-s", "64", uri(odd), tmp_path / "y.png").returncode == 0
 
 
 def test_what_it_writes_into_the_cache_has_its_keys(coded: Path, tmp_path: Path) -> None:
@@ -194,6 +197,14 @@ def test_full_quality_is_the_engine_s(coded: Path, tmp_path: Path, photo: Image.
     expected = get_engine().decode(coded.read_bytes(), max_size_px=96)
     with Image.open(tmp_path / "x.png") as picture:
         assert np.abs(np.asarray(picture, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+
+
+def test_full_quality_without_torch(coded: Path, tmp_path: Path) -> None:
+    """As in the installation for all users."""
+    code = "import sys; sys.modules['torch'] = None; from perco_engine.thumbnailer import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--quality", "full", coded, tmp_path / "x.png"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and "--quality full needs torch" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_the_limits_are_kept_where_there_are_stricter_ones(coded: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import subprocess
 
 from gi.repository import GObject, Nautilus
 
-PERCO = json.loads("""@PERCO_ARGUMENTS@""")  # filled in when this file is installed, like RATES
-RATES = json.loads("""@RATES@""")
+PERCO = json.loads(r"""@PERCO_ARGUMENTS@""")  # filled in when this file is installed, like RATES
+RATES = json.loads(r"""@RATES@""")
 PHOTOS = ("image/jpeg", "image/png", "image/webp", "image/tiff", "image/bmp", "image/gif")
 
 

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perco_engine.codes import MIME_TYPE
@@ -75,6 +75,9 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding(name, str(error), mend)
         return
+    # The system's menus run the command that they were installed with, whichever this user would install with.
+    if place.is_system and (command := install.installed_command(place)):
+        place = replace(place, perco=(command,))
     menu = install.thunar_file(place)
     changed = [path for path in map(Path, manifest.written) if path != menu and not manifest.is_ours(path)]
     current = points.files(place)
@@ -89,7 +92,8 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
         yield Finding(name, f"installed by another release or environment ({old[0].name} differs)", mend)
     else:
         yield Finding(name, f"installed, {len(manifest.written)} files")
-    if menu.exists() and "<unique-id>pillow-perco-" not in menu.read_text(encoding="utf-8", errors="replace"):
+    has_menu = manifest.name(menu) in manifest.written or menu.exists()
+    if has_menu and b"<unique-id>pillow-perco-" not in (_read(menu) or b""):
         yield Finding("menu of Thunar", f"our entries are not in {menu}", mend)
     if not Path(place.perco[0]).exists():
         yield Finding("menu entries", f"{place.perco[0]}, which they run, is not there", mend)
@@ -190,7 +194,7 @@ def _failures() -> Iterator[Finding]:
         [entry for entry in (folder / "fail").glob("*/*.png") if install.is_failure_of_ours(entry)] if folder else []
     )
     if stale:
-        yield Finding("thumbnail cache", f"{len(stale)} failures are noted, and not tried again", INSTALL)
+        yield Finding("thumbnail cache", f"{len(stale)} failures are noted, and not tried again", INSTALL, fault=False)
     else:
         yield Finding("thumbnail cache", "no failures noted")
 

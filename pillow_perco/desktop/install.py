@@ -115,8 +115,14 @@ def is_left_to_system(path: Path, place: Place) -> bool:
 
 def _runs_for_this_user(system_place: Place) -> bool:
     """Whether this user can run what the system's menus run: it may lie in somebody's home."""
-    found = re.search(rb"^TryExec=(.+)$", content(system_place.data / points.VIEWER) or b"", re.MULTILINE)
-    return found is not None and os.access(os.fsdecode(found[1]), os.X_OK)
+    command = installed_command(system_place)
+    return command is not None and os.access(command, os.X_OK)
+
+
+def installed_command(place: Place) -> str | None:
+    """The path of the command that the menus of an installation run, if there is one."""
+    found = re.search(rb"^TryExec=(.+)$", content(place.data / points.VIEWER) or b"", re.MULTILINE)
+    return None if found is None else os.fsdecode(found[1])
 
 
 def thunar_file(place: Place) -> Path:

@@ -13,7 +13,8 @@ def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[
     """Converts files, those of one folder together; yields what went wrong."""
     absolute = sorted(file.absolute() for file in files)
     for folder, members in groupby(absolute, key=lambda file: file.parent):
-        command = [sys.executable, "-m", "pillow_perco.cli", "convert", "--skip-existing", "--to", to]
+        # -P: modules are not looked for in the current folder, where there may be anything.
+        command = [sys.executable, "-P", "-m", "pillow_perco.cli", "convert", "--skip-existing", "--to", to]
         command += ["--bpp", bpp] if bpp else []
         run = subprocess.run(
             [*command, "--", *map(str, members), str(folder)], capture_output=True, text=True, check=False
@@ -29,4 +30,5 @@ def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[
 def notify(text: str) -> None:
     """Shows a text on the desktop, where there is one that can."""
     if command := shutil.which("notify-send"):
-        subprocess.run([command, "--icon=image-x-generic", "PerCo", text[-1000:]], check=False, capture_output=True)
+        shown = [command, "--icon=image-x-generic", "--", "PerCo", text[-1000:]]
+        subprocess.run(shown, check=False, capture_output=True)

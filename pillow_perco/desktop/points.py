@@ -54,8 +54,12 @@ class Place:
 
 
 def user_place() -> Place:
-    """Where files of this user go.  Raises OSError for a user without a home."""
+    """Where files of this user go.  Raises OSError for a user without a home, or with another user's."""
     data, config = _xdg("XDG_DATA_HOME", ".local/share"), _xdg("XDG_CONFIG_HOME", ".config")
+    for folder in (data, config):
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if there.stat().st_uid != os.geteuid():  # as with sudo, which may leave another user's home
+            raise PermissionError(f"{there} is not this user's own: run it as its owner, or use --system")
     system = SYSTEM_PREFIX / "bin" / "perco-thumbnailer"
     thumbnailer = system if os.access(system, os.X_OK) else script("perco-thumbnailer")
     return Place(data, config, data / "pillow-perco", (str(script("perco")),), thumbnailer)
@@ -80,7 +84,10 @@ def _xdg(variable: str, default: str) -> Path:
     named = Path(os.environ.get(variable, ""))
     if named.is_absolute():
         return named
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError:  # a process without a user
+        home = Path("/")
     if home == home.parent or not home.is_dir():
         raise NotADirectoryError("this user has no home folder to install into: use --system")
     return home / default
@@ -95,14 +102,14 @@ def script(name: str) -> Path:
 
 def files(place: Place) -> dict[Path, tuple[bytes, int]]:
     """The files of all points but Thunar's: path to contents and permissions."""
-    perco = shlex.join(place.perco)
+    perco = _in_exec(shlex.join(place.perco))
     values = {
         "PERCO": perco,
         "PERCO_FILE": place.perco[0],
         "PERCO_ARGUMENTS": json.dumps(place.perco),
         "RATES": json.dumps([(f"{label.capitalize()} ({bpp} bits a pixel)", bpp) for label, bpp in RATES]),
         "THUMBNAILER_FILE": str(place.thumbnailer),
-        "THUMBNAILER": shlex.quote(str(place.thumbnailer)),
+        "THUMBNAILER": _in_exec(shlex.quote(str(place.thumbnailer))),
         "ACTION_NAMES": "".join(f"{label};" for label, _ in RATES),
         "ACTIONS": "".join(
             f"\n[Desktop Action {label}]\nName={label.capitalize()} ({bpp} bits a pixel)\nIcon=image-x-generic\n"
@@ -135,7 +142,12 @@ def thunar_actions(place: Place) -> str:
     """Thunar's actions, as they stand in its file."""
     to_perco, end, to_png = (ASSETS / "thunar" / "actions.xml").read_text(encoding="utf-8").partition("</action>\n")
     many = [_replaced(to_perco + end, {"LABEL": label, "BPP": bpp}) for label, bpp in RATES]
-    return _replaced("".join(many) + to_png, {"PERCO_XML": escape(shlex.join(place.perco))})
+    return _replaced("".join(many) + to_png, {"PERCO_XML": escape(_in_exec(shlex.join(place.perco)))})
+
+
+def _in_exec(command: str) -> str:
+    """A command as the Exec key has it, where a percent sign begins a code."""
+    return command.replace("%", "%%")
 
 
 def _filled(asset: str, values: dict[str, str]) -> bytes:
