@@ -13,12 +13,18 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .codes import Codes as Codes
+    from .codes import Metadata as Metadata
     from .engine import Engine as Engine
     from .engine import get_engine as get_engine
+    from .errors import PercoError as PercoError
+    from .family import FamilyEngine as FamilyEngine
     from .pipeline import PercoPipeline as PercoPipeline
 
-_HOMES = {"Engine": "engine", "get_engine": "engine", "PercoPipeline": "pipeline", "Codes": "codes"}
-__all__ = ["Codes", "Engine", "PercoPipeline", "__version__", "get_engine"]
+_HOMES = {
+    "Codes": "codes", "Engine": "engine", "FamilyEngine": "family", "Metadata": "codes", "PercoError": "errors",
+    "PercoPipeline": "pipeline", "get_engine": "engine",
+}  # fmt: skip
+__all__ = ["Codes", "Engine", "FamilyEngine", "Metadata", "PercoError", "PercoPipeline", "__version__", "get_engine"]
 
 
 def __getattr__(name: str) -> Any:

@@ -190,7 +190,7 @@ class Engine:
         points = self.rate_points
         if bpp is None and highest:
             return len(points) - 1
-        return rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
+        return rates.nearest(points, bpp)
 
     def _encoded(self, images: Sequence[Image.Image], level: int) -> list[tuple[NDArray[np.int32], ...]]:
         """The indices of pictures, as the encoder chooses them: grids (rows, columns) for each, coarse to fine."""

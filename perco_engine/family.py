@@ -64,7 +64,7 @@ class FamilyEngine:
             max_bytes = whole_number("max_bytes", max_bytes, 1)
         points = self.rate_points
         if max_bytes is None:
-            chosen = rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)
+            chosen = rates.nearest(points, bpp)
             return self._at(points[chosen]).encode_batch(images, **options)
         captions = choose_captions(options.get("caption"), options.get("captioner"), images, self.device)
         options = {**options, "caption": captions}

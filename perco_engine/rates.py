@@ -65,14 +65,21 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def nearest(points: Sequence[RatePoint], bpp: float) -> int:
-    """The index of the rate point whose nominal rate is nearest to `bpp`.
+def nearest(points: Sequence[RatePoint], bpp: float | None = None) -> int:
+    """The index of the rate point whose nominal rate is nearest to `bpp`; None: to DEFAULT_BPP.
 
     Raises ValueError unless `bpp` is a positive finite number.
     """
+    if bpp is None:
+        bpp = DEFAULT_BPP
     if not is_number(bpp) or bpp <= 0:
         raise ValueError(f"bpp must be a positive number of bits a pixel, not {bpp!r:.80}")
     return min(range(len(points)), key=lambda k: abs(points[k].bpp - bpp))
+
+
+def chosen(points: Sequence[RatePoint], bpps: Sequence[float]) -> tuple[RatePoint, ...]:
+    """The rate points nearest to these rates, each once, lowest first; all where none is named.  Raises ValueError."""
+    return tuple(points[k] for k in sorted({nearest(points, bpp) for bpp in bpps} or range(len(points))))
 
 
 PERCO_SD = tuple(

@@ -130,7 +130,8 @@ def _fingerprint(files: tuple[tuple[str, str, int, int], ...]) -> bytes:
 
 def fingerprint(folder: Path) -> bytes:
     """The first 8 bytes of the SHA-256 of all .safetensors files below `folder`: names, sizes, bytes, in name order."""
-    files = sorted(folder.rglob("*.safetensors"), key=lambda path: path.relative_to(folder).as_posix())
+    found = {*folder.rglob("*.safetensors"), *folder.glob("*/*.safetensors")}  # the latter in linked folders, too
+    files = sorted(found, key=lambda path: path.relative_to(folder).as_posix())
     return _fingerprint(
         tuple(
             (str(path.resolve()), path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
@@ -173,10 +174,10 @@ def checkpoint(family: ModelSpec, point: RatePoint) -> Model:
     raise ModelUnavailable(f"the model {family.name!r} at {point.bpp} bpp is not on this machine: {family.get}")
 
 
-def find(model: str | os.PathLike[str], bpp: float | None = None) -> Model:
+def find(model: str | os.PathLike[str]) -> Model:
     """The model of this name (of the registry, or installed), or in this folder.
 
-    bpp: of a family, the installed checkpoint whose nominal rate is nearest to this (default: 0.03).
+    Of a family it is the installed checkpoint whose nominal rate is nearest to DEFAULT_BPP.
 
     Raises ModelUnavailable, with what to do, if it is not on this machine, InvalidModel if its record is damaged, and
     ValueError for what is neither a name nor a path.
@@ -188,7 +189,7 @@ def find(model: str | os.PathLike[str], bpp: float | None = None) -> Model:
     if spec is not None and spec.is_family:
         found = checkpoints(spec)
         points = [spec.rate_points[one.rate_point or 0] for one in found]
-        return found[rates.nearest(points, rates.DEFAULT_BPP if bpp is None else bpp)]
+        return found[rates.nearest(points)]
     if spec is not None:
         if spec.folder is None or not (Path(spec.folder) / "model_index.json").exists():
             raise ModelUnavailable(f"the model {spec.name!r} is not on this machine: {spec.get}")

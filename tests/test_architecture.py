@@ -110,6 +110,10 @@ def test_every_package_is_shipped() -> None:
     assert set(settings["packages"]) == named | {"pillow_perco.integrations"}
 
 
-def test_public_names_exist() -> None:
+def test_public_names() -> None:
+    assert perco_engine.__all__ == [
+        "Codes", "Engine", "FamilyEngine", "Metadata", "PercoError", "PercoPipeline", "__version__", "get_engine",
+    ]  # fmt: skip
+    assert pillow_perco.__all__ == ["OpenerOptions", "__version__", "register_perco_opener", "save"]
     for module in (perco_engine, pillow_perco):
         assert all(getattr(module, name) is not None for name in module.__all__)

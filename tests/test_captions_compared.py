@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from perco_engine.errors import EvaluationError
+from perco_engine.errors import EvaluationError, NotEnoughMemory
 from perco_engine.evaluation import captions
 from pillow_perco.cli import main
 
@@ -24,6 +25,44 @@ def test_every_photo_gets_the_caption_of_another() -> None:
 def test_standard_error() -> None:
     assert captions.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 3**-0.5))
     assert captions.mean_and_error([1.0]) == (1.0, float("inf"))
+
+
+def test_what_is_ahead_is_positive_whichever_way_the_metric_goes() -> None:
+    psnr, lite0 = [(22.0, 21.0, 18.0), (24.0, 21.0, 22.0)], [(5.0, 6.0, 9.0), (7.0, 6.0, 9.0)]
+    values = [
+        {kind: {"psnr": first[k], "lite0": other[k]} for k, kind in enumerate(captions.KINDS)}
+        for first, other in zip(psnr, lite0, strict=True)
+    ]
+    sizes = {"right": 30, "none": 20, "wrong": 31}
+    told = captions.table([captions.Found("a", 0.002, {}, sizes, one) for one in values]).splitlines()
+    assert told[2:] == [
+        "| 0.002 | PSNR, dB ↑ | 23.0000 | 21.0000 | 20.0000 | +2.0000 ± 1.0000 | +3.0000 ± 1.0000 | 10.0 |",
+        "| 0.002 | Lite0 distance ↓ | 6.0000 | 6.0000 | 9.0000 | +0.0000 ± 1.0000 | +3.0000 ± 1.0000 | 10.0 |",
+    ]
+
+
+def test_one_photo_that_fails_and_none_that_can_be_read(
+    tiny_model: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        photo.resize((64, 48)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"photo {name}")
+    real = captions._of_photo
+
+    def of_photo(engine: Any, photo: Any, *rest: Any) -> Any:
+        if photo.name == "b.png":
+            raise NotEnoughMemory("too large")
+        return real(engine, photo, *rest)
+
+    monkeypatch.setattr(captions, "_of_photo", of_photo)
+    told: list[str] = []
+    settings = captions.Settings(tmp_path, tmp_path / "out", str(tiny_model), (0.001,), metrics=("psnr",))
+    assert [one.photo for one in captions.compare(settings, told.append)] == ["a.png", "c.png"]
+    assert "b.png: left out, too large" in told
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"damaged")
+    with pytest.raises(EvaluationError, match="can be read"):
+        captions.compare(settings)
 
 
 def test_the_command(tiny_model: Path, photo: Image.Image, tmp_path: Path) -> None:

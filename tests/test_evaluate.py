@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from perco_engine.bitstream import read_header
 from perco_engine.errors import EvaluationError
-from perco_engine.evaluation import classical, coco, distributions, metrics, published, report
+from perco_engine.evaluation import classical, coco, distributions, metrics, peers, published, report
 from perco_engine.evaluation.evaluate import Run, Settings, evaluate
 from perco_engine.evaluation.photo_folder import find_photos
 from perco_engine.evaluation.results import Line, Lines
@@ -238,6 +239,7 @@ def test_photos_of_a_folder(folder: Path, photo: Image.Image) -> None:
     assert [p.name for p in find_photos(folder, out, 2)] == ["a.jpg", "a.png"]
     with pytest.raises(EvaluationError, match="no picture in"):
         find_photos(out, out)
+    assert [p.name for p in find_photos(folder / "more", folder)] == ["b.png"]  # results beside the photos' folder
 
 
 def test_published_numbers_belong_to_metrics_and_rise_with_the_rate() -> None:
@@ -402,3 +404,31 @@ def test_other_steps_of_another_caption_leave_no_line_of_its_file(settings: Sett
     line = run.line(photo, run.points[0].bpp, 0)
     assert read_header((settings.out / line["file"]).read_bytes()).caption == line["caption"] == "a barn owl"
     assert run.find(photo, run.points[0].bpp, 2) is None
+
+
+def test_a_file_of_another_photo_in_its_place_is_not_taken_for_its_own(settings: Settings, photo: Image.Image) -> None:
+    """a.png and a.bmp alone are both called a; together they are not."""
+    first = evaluate(settings)
+    before = first.line(first.photos[0], first.points[0].bpp, 2)["bytes"]["total"]
+    (settings.folder / "a.png").rename(settings.folder / "kept")
+    Image.new("RGB", photo.size, "blue").save(settings.folder / "a.bmp")
+    evaluate(settings)
+    (settings.folder / "a.bmp").rename(settings.folder / "kept too")
+    (settings.folder / "kept").rename(settings.folder / "a.png")
+    run = evaluate(settings)
+    line = run.line(run.photos[0], run.points[0].bpp, 2)
+    assert line["bytes"]["total"] == before == (settings.out / line["file"]).stat().st_size
+    assert run.picture(line).resize((1, 1)).getpixel((0, 0)) != (0, 0, 255)
+
+
+def test_pictures_that_were_removed_are_made_anew(settings: Settings) -> None:
+    evaluate(settings)
+    shutil.rmtree(settings.out / "pictures")
+    run = evaluate(settings)
+    assert all(run.picture(run.line(photo, point.bpp, 0)) for photo in run.photos for point in run.points)
+
+
+@pytest.mark.parametrize("bpps", [(), (-3.0,), (float("inf"),)])
+def test_peers_of_no_rate(bpps: tuple[float, ...], settings: Settings) -> None:
+    with pytest.raises(ValueError, match="name the rates, each a positive number"):
+        peers.tabulate(settings.folder, settings.out, bpps)

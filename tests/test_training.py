@@ -136,6 +136,19 @@ def test_draws_belong_to_the_crop_and_not_to_the_batch() -> None:
     assert float(many.level.mean()) == pytest.approx(0.5, abs=0.02)
 
 
+def test_draws_go_where_there_are_no_double_numbers() -> None:
+    """As on Apple's GPUs: what is drawn in float64 stays on the CPU."""
+    draws = draw([1, 2], (4, 8, 8)).to(torch.device("meta"))
+    assert [one.device.type for one in (draws.noise, draws.perturbation, draws.offset)] == ["meta"] * 3
+    assert draws.level.device.type == draws.text.device.type == "cpu"
+
+
+def test_a_grid_of_all_levels_has_none_beyond_the_last() -> None:
+    """Stable Diffusion's schedulers begin at 1."""
+    levels = noise_levels(DDIMScheduler(num_train_timesteps=1000, steps_offset=1, timestep_spacing="leading"), 1000)
+    assert len(levels) == 1000 and levels.max() == 999
+
+
 def test_the_grid_of_noise_levels() -> None:
     assert noise_levels(scheduler("epsilon"), None).tolist() == list(range(1000))
     assert noise_levels(scheduler("epsilon"), 50).tolist() == list(range(981, 0, -20))
@@ -274,6 +287,7 @@ def test_curves_and_images_of_tensorboard(whole: Path) -> None:
 def test_the_model_is_one_like_any_other(whole: Path, latent_diffusion: Path, photo: Image.Image) -> None:
     checkpoint = install.import_folder(whole / "run" / "model")
     assert (checkpoint.name, checkpoint.family, checkpoint.bpp) == ("perco-sd-0.0313", "perco-sd", 0.0313)
+    assert "_name_or_path" not in "".join(f.read_text() for f in (whole / "run" / "model").rglob("*.json"))
     pipeline = PercoPipeline.from_pretrained(weights.models_folder() / checkpoint.name)
     small = torch.from_numpy(np.asarray(photo.resize((64, 64))).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     (indices,) = pipeline.encode_image(small)
@@ -386,7 +400,7 @@ def test_damaged_photos_are_counted(latent_diffusion: Path, eight: Path, tmp_pat
         ({"model": {"base": "nowhere"}}, "model.base: there is no folder nowhere"),
         ({"model": {"base": "."}}, "is no model folder, which has a model_index.json"),
         ({"data": {"held_out": 0.0}, "validation": {}}, "validation: data: there is no held-out photo"),
-        ({"validation": {"folder": "nowhere"}}, "data.folder: there is no folder"),
+        ({"validation": {"folder": "nowhere"}}, "validation.folder: there is no folder"),
     ],
 )
 def test_what_cannot_be_had_is_told(

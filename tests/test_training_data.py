@@ -3,6 +3,7 @@
 import csv
 import io
 import random
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -165,13 +166,43 @@ def test_squares_of_photos() -> None:
     assert seen == {(20, 20)}
 
 
+def ramp(width: int, height: int) -> Image.Image:
+    """A photo whose red is the column, and whose green is the row."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8))
+
+
+def test_random_crops_are_as_they_are_or_reduced_mirrored_or_not() -> None:
+    photo, scales, mirrored, places = ramp(200, 150), [], 0, set()
+    for seed in range(400):
+        crop = np.asarray(photos.random_crop(photo, 40, random.Random(seed)))[:, :, :2].astype(float)
+        across, down = crop[20, 35, 0] - crop[20, 5, 0], crop[35, 20, 1] - crop[5, 20, 1]
+        assert abs(abs(across) - down) <= 3  # squares stay squares
+        scales.append(down / 30)
+        mirrored += across < 0
+        places.add((int(crop[20, 20, 0]) // 40, int(crop[20, 20, 1]) // 40))
+    unscaled = sum(scale == 1 for scale in scales)
+    assert 160 < unscaled < 260 and 160 < mirrored < 240
+    assert min(scales) >= 1 and 2.3 < max(scales) < 1 / 0.35 + 0.1
+    assert len(places) >= 12
+
+
+def test_crops_of_the_short_side() -> None:
+    photo, seen = ramp(200, 100), set()
+    for seed in range(60):
+        crop = np.asarray(photos.short_side_crop(photo, 50, random.Random(seed)))[:, :, :2].astype(float)
+        assert abs(crop[45, 25, 1] - crop[5, 25, 1] - 80) <= 2  # all of the height
+        seen.add((crop[25, 45, 0] > crop[25, 5, 0], int(crop[25, 25, 0]) // 25))
+    assert len({mirrored for mirrored, _ in seen}) == 2 and len({place for _, place in seen}) >= 4
+
+
 NAMES, NONE = ["deep/1.png", "0.png"], [None, None]
 PIXELS = torch.stack([torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 1.0)])
 
 
 def test_captions_from_beside_the_photos_and_none(tmp_path: Path) -> None:
-    assert Captioned(Captions(source="sidecar"), tmp_path)(NAMES, ["a", None], PIXELS) == ["a", ""]
-    assert Captioned(Captions(source="none"), tmp_path)(NAMES, ["a", None], PIXELS) == ["", ""]
+    assert Captioned(Captions(source="sidecar"), tmp_path)(NAMES, ["a", None], PIXELS, NAMES) == ["a", ""]
+    assert Captioned(Captions(source="none"), tmp_path)(NAMES, ["a", None], PIXELS, NAMES) == ["", ""]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -189,7 +220,7 @@ def test_captions_from_a_table(kind: str, tmp_path: Path) -> None:
 
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     settings = Captions(source="table", table=path, name_column="id", caption_column="text")
-    assert Captioned(settings, tmp_path)(NAMES, NONE, PIXELS) == ["one, two", ""]
+    assert Captioned(settings, tmp_path)(NAMES, NONE, PIXELS, NAMES) == ["one, two", ""]
     with pytest.raises(InvalidSettings, match="has no column 'caption'; it has id, text"):
         Captioned(Captions(source="table", table=path, name_column="id"), tmp_path)
 
@@ -204,10 +235,16 @@ def test_captions_are_made_once_and_kept(tmp_path: Path) -> None:
     def captions() -> Captioned:
         return Captioned(Captions(source="captioner", captioner=captioner), tmp_path)  # type: ignore[arg-type]
 
-    assert captions()(NAMES, NONE, PIXELS) == ["level 0", "level 255"]
+    assert captions()(NAMES, NONE, PIXELS, NAMES) == ["level 0", "level 255"]
     with (tmp_path / "captions.0.jsonl").open("a") as file:
         file.write('{"name": "torn')
-    assert captions()(NAMES, NONE, PIXELS) == ["level 0", "level 255"] and seen == [0, 255]
+    assert captions()(NAMES, NONE, PIXELS, NAMES) == ["level 0", "level 255"] and seen == [0, 255]
+    assert captions()(NAMES, NONE, PIXELS, ["1.tar/0", "2.tar/0"]) == ["level 0", "level 255"]  # behind the torn line
+    assert captions()(NAMES, NONE, PIXELS, ["2.tar/0", "1.tar/0"]) == ["level 255", "level 0"] and len(seen) == 4
+    text = (tmp_path / "captions.0.jsonl").read_text()
+    (tmp_path / "captions.0.jsonl").write_text(re.sub('"captioner": "[^"]*"', '"captioner": "another"', text))
+    captions()(NAMES, NONE, PIXELS, NAMES)
+    assert len(seen) == 6
 
 
 def shard(path: Path, members: dict[str, bytes]) -> None:
@@ -305,7 +342,7 @@ def test_cells_of_several_lines(tmp_path: Path) -> None:
 def test_names_in_tables(written: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"file,caption\n{written},an owl\n")
     captions = Captioned(Captions(source="table", table=tmp_path / "x.csv"), tmp_path)
-    assert captions(["deep/a.png", "deep/b.png"], [None, None], PIXELS) == ["an owl", ""]
+    assert captions(["deep/a.png", "deep/b.png"], [None, None], PIXELS, ["1", "2"]) == ["an owl", ""]
 
 
 def test_a_shard_that_breaks_off_is_left_out(shards: WebdatasetData, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from .. import rates
 from ..captioner import caption_pictures, get_captioner
-from ..engine import get_engine
-from ..errors import EvaluationError
+from ..engine import Engine, get_engine
+from ..errors import EvaluationError, PercoError
+from ..family import FamilyEngine
 from ..picture_files import UNREADABLE
+from ..printable import printable
 from . import metrics
 from .metrics import METRICS
 from .photo_folder import Photo, find_photos
@@ -54,13 +56,13 @@ class Found:
     values: dict[str, dict[str, float | None]]
 
 
-def shuffled(captions: Sequence[str], seed: int = SEED) -> list[str]:
+def shuffled(captions: Sequence[str]) -> list[str]:
     """For each photo a caption of another one that says something else.
 
     Raises EvaluationError where a photo has none: all captions are the same.
     """
     order = list(range(len(captions)))
-    random.Random(seed).shuffle(order)
+    random.Random(SEED).shuffle(order)
     others = []
     for k, caption in enumerate(captions):
         at = order.index(k)
@@ -79,8 +81,7 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
     """
     metrics.check_names(settings.metrics, METRICS)
     engine = get_engine(settings.model)
-    points = engine.rate_points
-    chosen = sorted({rates.nearest(points, bpp) for bpp in settings.bpp} or range(len(points)))
+    points = rates.chosen(engine.rate_points, settings.bpp)
     judges, missing = metrics.load(settings.metrics, engine.device)
     for name, why in missing.items():
         tell(f"{name}: {why}")
@@ -90,26 +91,47 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         try:
             image, caption = photo.read(), photo.caption()
         except UNREADABLE as error:
-            tell(f"{photo.name}: left out, cannot be read: {error}")
+            tell(f"{printable(photo.name)}: left out, cannot be read: {error}")
             continue
         photos.append((photo, caption or caption_pictures(captioner, [image])[0]))
-    found = []
+    if not photos:
+        raise EvaluationError(f"no photo of {settings.folder} can be read")
+    found: list[Found] = []
     wrong = shuffled([caption for _, caption in photos])
-    for (photo, right), other in zip(photos, wrong, strict=True):
-        image = photo.read()
-        measure = metrics.measure(judges, image)
-        captions = dict(zip(KINDS, (right, "", other), strict=True))
-        for point in (points[k] for k in chosen):
-            files = {  # without a search, whose codes make up for what a caption lacks
-                kind: engine.encode(image, bpp=point.bpp, caption=text, seed=SEED, effort=0)
-                for kind, text in captions.items()
-            }
-            values = {kind: measure(engine.decode(data)) for kind, data in files.items()}
-            sizes = {kind: len(data) for kind, data in files.items()}
-            found.append(Found(photo.name, point.bpp, captions, sizes, values))
-        tell(f"{photo.name}: {right}; not {other}")
-    lines = "".join(json.dumps(vars(one)) + "\n" for one in found)
-    write_result(settings.out / "captions.jsonl", lines.encode())
+    try:
+        for (photo, right), other in zip(photos, wrong, strict=True):
+            try:
+                found += _of_photo(engine, photo, dict(zip(KINDS, (right, "", other), strict=True)), points, judges)
+            except PercoError as error:
+                tell(f"{printable(photo.name)}: left out, {error}")
+                continue
+            tell(f"{printable(photo.name)}: {printable(right)}; not {printable(other)}")
+    finally:  # an interrupt does not lose hours
+        lines = "".join(json.dumps(vars(one)) + "\n" for one in found)
+        write_result(settings.out / "captions.jsonl", lines.encode())
+    if not found:
+        raise EvaluationError(f"no photo of {settings.folder} could be coded")
+    return found
+
+
+def _of_photo(
+    engine: Engine | FamilyEngine,
+    photo: Photo,
+    captions: dict[str, str],
+    points: Sequence[rates.RatePoint],
+    judges: dict[str, metrics.Judge],
+) -> list[Found]:
+    """What each of these captions makes of a photo, at each rate."""
+    image = photo.read()
+    measure = metrics.measure(judges, image)
+    found = []
+    for point in points:
+        files = {  # without a search, whose codes make up for what a caption lacks
+            kind: engine.encode(image, bpp=point.bpp, caption=text, seed=SEED, effort=0)
+            for kind, text in captions.items()
+        }
+        values = {kind: measure(engine.decode(data)) for kind, data in files.items()}
+        found.append(Found(photo.name, point.bpp, captions, {kind: len(data) for kind, data in files.items()}, values))
     return found
 
 
@@ -120,11 +142,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def tabulate(settings: Settings, tell: Callable[[str], None] = lambda _: None) -> str:
-    """Measures, and returns a table: for each rate and metric the means, and how much the right caption is ahead.
+    """Measures the photos, and returns the table of what was found, which is also written to out/captions.md."""
+    told = table(compare(settings, tell))
+    write_result(settings.out / "captions.md", (told + "\n").encode())
+    return told
+
+
+def table(found: Sequence[Found]) -> str:
+    """For each rate and metric the means, and how much the right caption is ahead.
 
     Positive differences are better, whichever way the metric goes.
     """
-    found = compare(settings, tell)
     header = ["bpp", "metric", *KINDS, "right over none", "right over wrong", "bytes of the caption"]
     body = []
     for bpp in sorted({one.bpp for one in found}):
@@ -143,6 +171,4 @@ def tabulate(settings: Settings, tell: Callable[[str], None] = lambda _: None) -
                 for other in ("none", "wrong")
             ]
             body.append([f"{bpp}", metric_title(METRICS[name]), *means, *ahead, f"{spent:.1f}"])
-    table = markdown(header, body)
-    write_result(settings.out / "captions.md", (table + "\n").encode())
-    return table
+    return markdown(header, body)

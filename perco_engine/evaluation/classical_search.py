@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..printable import printable
 from . import metrics
 from .classical import CODECS, HIGHEST_QUALITY, Candidate, Codec, available, show
 from .metrics import METRICS, Judge
@@ -200,7 +201,7 @@ def _search(tasks: Sequence[Task]) -> list[str]:
         image, judges = task.photo.read(), _judges(task.metrics, task.device)
         searched = Search(task.folder, task.photo, task.versions)
         count = sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
-        told.append(f"{task.photo.name}: {count} classical files")
+        told.append(f"{printable(task.photo.name)}: {count} classical files")
     return told
 
 

@@ -55,6 +55,8 @@ def gather(annotations: Path, photos: Path, out: Path, count: int = COUNT) -> It
             except FileNotFoundError:
                 raise
             except OSError:  # another file system
-                shutil.copyfile(photos / name, target)
+                beside = target.with_name(target.name + ".partial")
+                shutil.copyfile(photos / name, beside)
+                beside.replace(target)
         target.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         yield name

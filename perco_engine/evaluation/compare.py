@@ -18,7 +18,7 @@ from ..engine import get_engine
 from ..errors import EvaluationError
 from ..picture_files import UNREADABLE
 from ..printable import printable
-from ..rates import nearest
+from ..rates import chosen
 from . import classical, metrics
 from .classical_search import Search
 from .metrics import METRICS, Judge
@@ -102,23 +102,22 @@ def compare(
         if by:
             reason = missing.get(by, f"it is not defined below {METRICS[by].least_side_px} pixels")
         raise ValueError(f"classical files cannot be chosen by {by}: {reason}; name another one with --by")
-    points = engine.rate_points
-    chosen = [points[k] for k in sorted({nearest(points, bpp) for bpp in settings.bpp} or range(len(points)))]
+    points = chosen(engine.rate_points, settings.bpp)
     comparisons = []
     with TemporaryDirectory() as unkept:
         for photo, image, was in photos:
             measured = metrics.measure(judges, image)
             rows = []
-            for point in chosen:
+            for point in points:
                 data = engine.encode(image, bpp=point.bpp, effort=settings.effort)
                 picture = engine.decode(data)
                 shown = Shown("PerCo", f"rate point {point.bpp}", picture, len(data), measured(picture), own=True)
                 rows.append(Row(len(data), [shown]))
-                tell(f"{photo.name}: {point.bpp} bpp, {len(data):,} bytes")
+                tell(f"{printable(photo.name)}: {point.bpp} bpp, {len(data):,} bytes")
             search = Search(settings.kept or Path(unkept), photo, versions)
             for name in versions:
                 _add_peers(rows, search, image, name, judges, by, measured)
-                tell(f"{photo.name}: {classical.CODECS[name].title}")
+                tell(f"{printable(photo.name)}: {classical.CODECS[name].title}")
             note = f"{image.width}x{image.height} pixels" + (f", reduced from {was[0]}x{was[1]}" if was else "")
             comparisons.append(Comparison(photo.name, Shown("Original", note, image), rows))
     notes = [_name_of(name, why) for name, why in {**missing, **without}.items()]

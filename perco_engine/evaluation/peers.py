@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import EvaluationError
 from ..picture_files import UNREADABLE
 from ..printable import printable
+from ..rates import is_number
 from . import classical, classical_search, metrics
 from .metrics import METRICS, check_names
 from .photo_folder import find_photos
@@ -121,8 +123,11 @@ def tabulate(
 
     kept: the folder where what was tried is kept for further runs, also of `perco evaluate --peers`.
 
-    Raises EvaluationError (no photos there), ValueError (a format or metric of this name is not known).
+    Raises EvaluationError (no photos there), ValueError (a format or metric of this name is not known, or no rate).
     """
+    bpps = sorted(set(bpps))
+    if not bpps or not all(is_number(bpp) and bpp > 0 for bpp in bpps):
+        raise ValueError("name the rates, each a positive number of bits a pixel")
     check_names(names, METRICS)
     check_names(formats, classical.CODECS)
     device = torch.device("cpu")
@@ -138,6 +143,8 @@ def tabulate(
         budgets = [int(bpp * width * height / 8) for bpp in bpps]
         tasks.append(classical_search.Task(photo, kept, versions, budgets, tuple(judges), device))
         pixels.append(width * height)
+    if not tasks:
+        raise EvaluationError(f"no photo of {folder} can be read: {next(iter(skipped.values()))}")
     classical_search.search(tasks, jobs, tell)
     chosen = [line for task, size in zip(tasks, pixels, strict=True) for line in chosen_files(task, bpps, size)]
     found = means(chosen, bpps, versions, judges, len(tasks))

@@ -1,11 +1,11 @@
 """The report of an evaluation: summary.md, against.jsonl, rate-distortion plots, contact sheets."""
 
-import io
 import json
 from collections.abc import Sequence
 
 from PIL import Image
 
+from ..picture_files import picture_bytes
 from ..printable import printable
 from . import classical, plots
 from .contact_sheet import PAPER, Cell, contact_sheet
@@ -181,10 +181,8 @@ def _write_sheets(run: Run, chosen: Sequence[Line]) -> list[str]:
     best = best_lines((line for line in chosen if line["metric"] == metric), lambda line: (line["photo"], line["bpp"]))
     lines = []
     for steps in run.settings.steps:
-        buffer = io.BytesIO()
-        _sheet(run, steps, metric, best).save(buffer, "PNG")
         name = f"sheet-{folder_name(steps)}.png"
-        write_result(run.settings.out / name, buffer.getvalue())
+        write_result(run.settings.out / name, picture_bytes(_sheet(run, steps, metric, best), "PNG"))
         lines.append(f"![contact sheet, {named(steps)}]({name})")
     return lines
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import InvalidModel
@@ -171,7 +172,13 @@ def convert_pickle(source: Path, target: Path) -> None:
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         owned[key] = tensor if whole and address not in storages else tensor.clone()
         storages.add(address)
-    save_file(owned, target, metadata={"format": "pt"})
+    target.touch()
+    mode = target.stat().st_mode  # what the umask leaves; safetensors' own is for this user alone
+    try:
+        save_file(owned, target, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {target}: {error}") from error
+    target.chmod(mode)
 
 
 def _load_tensors(source: Path) -> Any:

@@ -141,9 +141,9 @@ def _register(new: Checkpoint) -> Checkpoint:
             old = None
         if old is not None and _but_documents(old.files) == _but_documents(new.files) and not problems(old):
             return old
-        raise ValueError(
-            f"another model is installed as {new.name!r}: choose another --name, or run: perco models remove {new.name}"
-        )
+        # One that was put there by hand may be the only copy, and the very one that is imported.
+        instead = f", or run: perco models remove {new.name}" if (target / checkpoint.RECORD).exists() else ""
+        raise ValueError(f"another model is installed as {new.name!r}: choose another --name{instead}")
     new.folder.rename(target)
     return replace(new, folder=target)
 

@@ -125,7 +125,8 @@ def installed_names(name: str) -> list[str]:
 def verify(folder: Path) -> list[str]:
     """Reads every file of a model's folder in the store: see `problems`; a damaged record is one."""
     if not (folder / RECORD).exists():
-        return ["was put here by hand, and has no record to be compared with: perco models import its folder"]
+        advice = "perco models import its folder, with another --name, makes a copy that has one"
+        return [f"was put here by hand, and has no record to be compared with: {advice}"]
     try:
         return problems(checkpoint.read(folder))
     except InvalidModel as error:

@@ -71,5 +71,8 @@ def _fetch_alone(url: str, name: str, sha256: str, size: int, begun: Path, targe
         begun.unlink()
         raise InvalidModel(f"{name} did not arrive as the hub has it: run the command again, which fetches it anew")
     part = target.with_name(f"{target.name}.{os.getpid()}.perco")  # the cache may be on another file system
-    shutil.move(begun, part)
-    part.replace(target)
+    try:
+        shutil.move(begun, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

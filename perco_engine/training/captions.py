@@ -43,21 +43,25 @@ class Captioned:
                 told = json.loads(line)
             except ValueError:  # the line that was being written when the run was broken off
                 continue
-            self.known[told["name"]] = told["caption"]
+            if told.get("captioner") == str(self.settings.captioner):
+                self.known[told["key"]] = told["caption"]
 
-    def __call__(self, names: Sequence[str], sidecars: Sequence[str | None], crops: Tensor) -> list[str]:
+    def __call__(
+        self, names: Sequence[str], sidecars: Sequence[str | None], crops: Tensor, keys: Sequence[str]
+    ) -> list[str]:
         """The captions of photos, "" where there is none.
 
-        sidecars: the texts that came with them.  crops: (b, 3, s, s) in -1..1, what a captioner is shown of photos
-            that it has not seen.
+        names: as tables have them.  sidecars: the texts that came with them.  crops: (b, 3, s, s) in -1..1, what a
+            captioner is shown of photos that it has not seen.  keys: by which those are told apart.
         """
         if self.settings.source == "none":
             return [""] * len(names)
         if self.settings.source == "sidecar":
             return [text or "" for text in sidecars]
         if self.captioner is not None:
-            self._make({name: number for number, name in enumerate(names) if name not in self.known}, crops)
-        return [next((self.known[key] for key in _keys(name) if key in self.known), "") for name in names]
+            self._make({key: number for number, key in enumerate(keys) if key not in self.known}, crops)
+            return [self.known[key] for key in keys]
+        return [next((self.known[form] for form in _forms(name) if form in self.known), "") for name in names]
 
     def _make(self, missing: dict[str, int], crops: Tensor) -> None:
         """Captions the photos that have none yet, and keeps what comes of it."""
@@ -66,11 +70,14 @@ class Captioned:
         pictures: list[Image.Image] = to_images((crops[list(missing.values())] / 2 + 0.5).clamp(0, 1))
         made = dict(zip(missing, caption_pictures(self.captioner, pictures), strict=True))
         self.known |= made
+        captioner = str(self.settings.captioner)
+        lines = (json.dumps({"key": key, "captioner": captioner, "caption": text}) for key, text in made.items())
         with self.kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"name": name, "caption": text}) + "\n" for name, text in made.items())
+            file.write("\n")  # where the last line is torn
+            file.writelines(line + "\n" for line in lines)
 
 
-def _keys(name: str) -> tuple[str, str, str]:
+def _forms(name: str) -> tuple[str, str, str]:
     """A name as tables have it: as it is, without suffix, without folders and suffix."""
     path = PurePosixPath(name)
     return name, str(path.with_suffix("")), path.stem

@@ -58,7 +58,8 @@ class Crops(Dataset[Crop]):
                 crop = to_tensor(self.cut(photo, self.side, rng))
                 sidecar = self.source.sidecar(number)
                 return {
-                    "pixels": crop, "name": name, "sidecar": sidecar, "seed": seed, "skipped": skipped, "places": {},
+                    "pixels": crop, "name": name, "key": name, "sidecar": sidecar, "seed": seed, "skipped": skipped,
+                    "places": {},
                 }  # fmt: skip
             except UNREADABLE as error:
                 skipped[name] = str(error)
@@ -77,6 +78,6 @@ def collate(crops: Sequence[Crop]) -> Crop:
     """A batch: pixels (b, 3, side, side), lists of the rest, and all that was skipped."""
     return {
         "pixels": torch.stack([crop["pixels"] for crop in crops]),
-        **{key: [crop[key] for crop in crops] for key in ("name", "sidecar", "seed")},
+        **{key: [crop[key] for crop in crops] for key in ("name", "key", "sidecar", "seed")},
         **{key: dict(pair for crop in crops for pair in crop[key].items()) for key in ("skipped", "places")},
     }

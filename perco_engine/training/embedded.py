@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..errors import InvalidSettings, TrainingError
+from ..files import new_folder
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
@@ -299,23 +300,14 @@ def export(run: Run, folder: Path) -> None:
         **text_parts(run),
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
-    for name in ("vae", "hyper_enc", "unet"):  # where a network was loaded from is nobody's matter
-        config = json.loads((partial / name / "config.json").read_bytes())
-        config.pop("_name_or_path", None)
-        (partial / name / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-    for file in partial.glob("tokenizer/tokenizer.json"):  # 330 KB, most of it spaces
-        compact = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
-        file.write_text(compact + "\n", encoding="utf-8")
-    prior = run.find(("prior",), "prior")
-    if prior is not None:
-        shutil.copytree(prior, partial / "prior")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+        for file in partial.glob("tokenizer/tokenizer.json"):  # 330 KB, most of it spaces
+            compact = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
+            file.write_text(compact + "\n", encoding="utf-8")
+        prior = run.find(("prior",), "prior")
+        if prior is not None:
+            shutil.copytree(prior, partial / "prior")
 
 
 TRAIN: dict[StageName, Callable[[Run], None]] = {

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, MinLen, MultipleOf
 
-from .settings import CheckpointSettings, Count, ListedData, NotNegative, Positive
+from .settings import CheckpointSettings, Count, ListedData, NotNegative, Positive, Seed
 
 Side = Annotated[int, Ge(88), MultipleOf(8)]
 """Pixels a side of a crop of the embedded model: what SSIM of four scales needs, and whole latents."""
@@ -127,7 +127,7 @@ class Embedded:
     recipe: Literal["embedded"]
     run: Path
     data: ListedData
-    seed: int = 0
+    seed: Seed = 0
     stages: Annotated[tuple[StageName, ...], MinLen(1)] = STAGES
     start: Path | None = None
     sample: Count = 600

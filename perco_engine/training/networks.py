@@ -1,6 +1,5 @@
 """The networks of PerCo's training: where they come from, which of their weights learn, and the model in the end."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..errors import InvalidModel, InvalidSettings, ModelUnavailable
+from ..files import new_folder
 from ..model_folder import is_null, load_component, progress_bars_off, read_json
 from ..models.hyper_encoder import REFERENCE_SIDE_PX, ElicHyperEncoder, HificHyperEncoder, HyperEncoder
 from ..models.unet import UNet2DConditionModel
@@ -170,18 +170,12 @@ def merge(pipeline: PercoPipeline, learn: Learn) -> None:
 
 def write_model(pipeline: PercoPipeline, base: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes the model, whole or not at all: what was trained in this dtype, the rest as it is in the base's folder."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     if dtype is not torch.float32:
         for name in ("unet", "hyper_enc"):
             pipeline.networks[name].to(dtype)
-    pipeline.save_pretrained(partial)
-    for name in FROZEN:
-        if getattr(pipeline, name) is not None:
-            shutil.rmtree(partial / name)
-            bring(base / name, partial / name, name, link=False)
-    index = read_json(partial / "model_index.json")
-    index.pop("_name_or_path", None)
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        pipeline.save_pretrained(partial)
+        for name in FROZEN:
+            if getattr(pipeline, name) is not None:
+                shutil.rmtree(partial / name)
+                bring(base / name, partial / name, name, link=False)

@@ -26,7 +26,7 @@ class Draws:
     """What is random about a batch, each crop's from a seed of its own, so that it is the same in any company.
 
     noise, perturbation: (b, c, h, w); offset: (b, c, 1, 1); all standard normal.
-    level, text: (b,) uniform in 0..1, for the noise level and for leaving the caption out.
+    level, text: (b,) uniform in 0..1, float64, for the noise level and for leaving the caption out; on the CPU.
     """
 
     noise: Tensor
@@ -36,8 +36,9 @@ class Draws:
     text: Tensor
 
     def to(self, device: torch.device) -> "Draws":
-        """The same on another device."""
-        return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """The same with the noise on another device."""
+        noise, perturbation, offset = (one.to(device) for one in (self.noise, self.perturbation, self.offset))
+        return Draws(noise, perturbation, offset, self.level, self.text)
 
 
 def draw(seeds: Sequence[int], shape: Sequence[int]) -> Draws:
@@ -85,7 +86,7 @@ class PercoObjective(nn.Module):
         settings = self.settings
         with torch.autocast(latents.device.type, enabled=False):  # it is small, and its codes decide all the rest
             encoded = self.hyper_enc(latents.float())
-        t = self.levels[(draws.level * len(self.levels)).long().cpu()].to(latents.device)
+        t = self.levels[(draws.level * len(self.levels)).long()].to(latents.device)
         noise = draws.noise + settings.noise_offset * draws.offset
         noisy = self.scheduler.add_noise(latents, noise + settings.input_perturbation * draws.perturbation, t)
         prediction = self.unet(noisy, t, text, local_features=encoded.z_hat).sample.float()
@@ -125,5 +126,6 @@ def noise_levels(scheduler: Any, grid: int | None) -> Tensor:
         return torch.arange(scheduler.config.num_train_timesteps)
     sampler = type(scheduler).from_config(scheduler.config)
     sampler.set_timesteps(grid)
-    levels: Tensor = sampler.timesteps.long().cpu()
+    # Stable Diffusion's steps_offset takes a grid of all levels one beyond the last.
+    levels: Tensor = sampler.timesteps.long().cpu().clamp(max=scheduler.config.num_train_timesteps - 1)
     return levels

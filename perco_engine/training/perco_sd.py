@@ -265,7 +265,7 @@ def inputs(pipeline: PercoPipeline, captions: Captioned, settings: PercoSd, batc
     draws = draw(batch["seed"], latents.shape[1:])
     text = None
     if pipeline.text_encoder is not None:
-        told = captions(batch["name"], batch["sidecar"], pixels)
+        told = captions(batch["name"], batch["sidecar"], pixels, batch["key"])
         shown = draws.text.ge(settings.objective.text_dropout).tolist()
         kept = [caption if show else "" for caption, show in zip(told, shown, strict=True)]
         text = embed(pipeline.text_encoder, pipeline.tokenizer, kept, pixels.device).float()

@@ -21,6 +21,8 @@ Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Name = Annotated[str, MinLen(1)]
 
 
@@ -219,8 +221,8 @@ class Optimizer:
     learning_rate: Positive = 1e-5
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: Annotated[int, Ge(0)] = 0
-    beta1: Share = 0.9
-    beta2: Share = 0.999
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.01
     clip: Positive = 1.0
@@ -270,7 +272,7 @@ class PercoSd:
     data: Data
     model: Model
     optimizer: Optimizer
-    seed: int = 0
+    seed: Seed = 0
     resolution: Annotated[int, Ge(64)] = 512
     captions: Captions = Captions()
     learn: Learn = Learn()

@@ -29,7 +29,7 @@ def read(path: Path) -> Settings:
     Raises InvalidSettings, which names every key that is wrong, and says what it may be.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InvalidSettings(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -40,7 +40,7 @@ def read(path: Path) -> Settings:
 def parse(table: dict[str, Any], where: str) -> Settings:
     """The settings in a table as tomllib reads it.  where: what messages call it.  Raises InvalidSettings."""
     recipe = table.get("recipe")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise InvalidSettings(f"{where}: recipe must be {' or '.join(map(repr, RECIPES))}, not {recipe!r}")
     try:
         # As JSON, where strict means that "3" is no number, and still a text is a path and an array a tuple.

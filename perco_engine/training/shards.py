@@ -86,8 +86,8 @@ class ShardCrops(IterableDataset[Crop]):
                 continue
             failed = 0
             yield {
-                "pixels": crop, "name": sample["__key__"], "sidecar": sidecar, "seed": seed, "skipped": dict(skipped),
-                "places": {reader: place + 1},
+                "pixels": crop, "name": sample["__key__"], "key": f"{sample['__url__']}/{sample['__key__']}",
+                "sidecar": sidecar, "seed": seed, "skipped": dict(skipped), "places": {reader: place + 1},
             }  # fmt: skip
             skipped.clear()
 

@@ -181,7 +181,10 @@ def read_table(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, s
         rows, found = _read_parquet(path, key, columns)
     else:
         reader = csv.DictReader(io.StringIO(read_text(path, key), newline=""))
-        rows, found = list(reader), list(reader.fieldnames or ())
+        try:
+            rows, found = list(reader), list(reader.fieldnames or ())
+        except csv.Error as error:
+            raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
     if missing := [column for column in columns if column not in found]:
         raise InvalidSettings(f"{key}: {path} has no column {missing[0]!r}; it has {', '.join(found)}")
     return rows

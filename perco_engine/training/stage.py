@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import TrainingError
+from ..files import new_folder
 from ..model_folder import progress_bars_off
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
@@ -252,10 +253,9 @@ class Stage:
         """Writes what the stage was for, for the next one: networks by their names in a model folder."""
         target = self.run.folder(self.name) / "finished"
         if self.accelerator.is_main_process:
-            with progress_bars_off():
+            with progress_bars_off(), new_folder(target) as partial:
                 for name, network in networks.items():
-                    network.save_pretrained(target.with_name("finished.partial") / name)
-            target.with_name("finished.partial").rename(target)
+                    network.save_pretrained(partial / name)
         self.accelerator.wait_for_everyone()
         self.checkpoints.forget()
         self.journal.close()

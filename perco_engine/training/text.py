@@ -10,7 +10,6 @@ Captions are those beside the photos, in turn with tags by EfficientNet-Lite0 (t
 """
 
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ..errors import InvalidModel, TrainingError
+from ..files import new_folder
 from ..model_folder import load_component, progress_bars_off
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
@@ -140,13 +140,10 @@ def beginning(run: Run, classifier: FeatureDistance) -> dict[str, Any]:
         return found
     folder = run.folder("text") / "beginning"
     if run.accelerator.is_main_process and not folder.is_dir():
-        partial = folder.with_name("beginning.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         run.tell("text: makes a text encoder")
-        with progress_bars_off():
+        with progress_bars_off(), new_folder(folder) as partial:
             for name, part in fresh(run.settings.text, classifier).items():
                 part.save_pretrained(partial / name)
-        partial.rename(folder)
     run.accelerator.wait_for_everyone()
     return _load(folder)
 

@@ -28,7 +28,12 @@ LEVELS = 8
 def open_photos(when: ValidationSettings, data: Data) -> Source:
     """The photos that validation takes its own from.  Raises InvalidSettings where there are none."""
     if when.folder is not None:
-        return open_source(FolderData(source="folder", folder=when.folder), "train")
+        if not when.folder.is_dir():
+            raise InvalidSettings(f"validation.folder: there is no folder {when.folder}")
+        try:
+            return open_source(FolderData(source="folder", folder=when.folder), "train")
+        except InvalidSettings as error:
+            raise InvalidSettings(f"validation.folder: there is no picture in {when.folder}") from error
     assert not isinstance(data, WebdatasetData)  # which needs a folder: settings.contradictions
     try:
         return open_source(data, "held-out")
@@ -60,10 +65,10 @@ class Validation:
                 photo, sidecar = middle(source.read(number), settings.resolution), source.sidecar(number)
             except UNREADABLE:
                 continue
-            # Another folder's photo may have the name of one that is trained on, and captions are kept by name.
-            key = name if when.folder is None or captions.captioner is None else f"{when.folder.name}/{name}"
+            # Another folder's photo may have the name of one that is trained on.
+            key = name if when.folder is None else f"{when.folder.name}/{name}"
             photos.append(photo)
-            told += captions([key], [sidecar], to_tensor(photo)[None])
+            told += captions([name], [sidecar], to_tensor(photo)[None], [key])
         if not photos:
             raise InvalidSettings("validation: none of the photos can be read")
         return cls(when, photos, told)

@@ -31,7 +31,7 @@ def documents(corpus: Path | None) -> list[str]:
     """The lines of a text file, without comments; none without a file."""
     if corpus is None:
         return []
-    lines = corpus.read_text(encoding="utf-8").splitlines()
+    lines = corpus.read_text(encoding="utf-8-sig").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
