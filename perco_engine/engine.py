@@ -23,7 +23,7 @@ from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_dtype, cache, usable_device, weights_bytes
-from .errors import InvalidModel, LimitExceeded, UnsupportedRatePoint
+from .errors import InvalidModel, LimitExceeded
 from .family import FamilyEngine
 from .fitting import fitted
 from .memory import Placement, explained
@@ -105,8 +105,7 @@ class Engine:
     @property
     def _file_rate_points(self) -> tuple[rates.RatePoint, ...]:
         """What the rate point of a file counts: of a family all, whichever are at hand."""
-        spec = weights.registered(self.model.registry_id)
-        return spec.rate_points if spec else self.pipeline.hyper_enc.rate_points
+        return self.model.file_rate_points(self.pipeline.hyper_enc.rate_points)
 
     def encode(self, image: Image.Image, **options: Unpack[EncodeOptions]) -> bytes:
         """One picture, of any Pillow mode and of 1..65535 pixels a side, as the bytes of a .perco file.
@@ -258,7 +257,7 @@ class Engine:
             jobs.append((engine, _Job(codes, codes.seed if own is None else own, reduction)))
         images: list[Image.Image | None] = [None] * len(jobs)
         keys = [(e, j.reduction, j.codes.rate_point, j.codes.width_px, j.codes.height_px) for e, j in jobs]
-        for group in _groups([key[-2:] for key in keys], keys):
+        for group in _groups(keys):
             engine = jobs[group[0]][0]
             decoded = engine._decode([jobs[k][1] for k in group], steps, guidance_scale)
             for k, image in zip(group, decoded, strict=True):
@@ -267,16 +266,8 @@ class Engine:
 
     def codes(self, data: bytes, *, allow_truncated: bool = False) -> Codes:
         """What the bytes of a file of this model say.  Raises BitstreamError, UnsupportedRatePoint."""
-        header = bitstream.read_header(data, allow_truncated=allow_truncated)
-        points = self._file_rate_points
-        if header.rate_point >= len(points):
-            raise UnsupportedRatePoint(
-                f"the file names rate point {header.rate_point}, and {self.model.name!r} has {len(points)}: "
-                f"update pillow-perco, or the file is damaged"
-            )
-        self.model.check_rate_point(header.rate_point, points)
-        return (bitstream.unpack_partial if allow_truncated else bitstream.unpack)(
-            data, points, prior=self.prior, coder=CODER
+        return self.model.codes(
+            data, self._file_rate_points, prior=self.prior, coder=CODER, allow_truncated=allow_truncated
         )
 
     def decode_seeds(self, codes: Codes, seeds: Sequence[int]) -> Iterator[Image.Image]:
@@ -305,14 +296,13 @@ class Engine:
             return pixels.to_images(self.pipeline.decode_indices(indices, *size, **options, output_type="pt"))
 
 
-def _groups(sizes: list[tuple[int, int]], keys: list[Any] | None = None) -> list[list[int]]:
-    """Positions of equal keys (default: equal sizes) together, in groups of at most BATCH_PIXELS."""
-    gathered: dict[Any, list[int]] = {}
-    for k, key in enumerate(sizes if keys is None else keys):
+def _groups(keys: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+    """Positions of equal keys together, in groups of at most BATCH_PIXELS.  A key ends with width and height in pixels."""
+    gathered: dict[tuple[Any, ...], list[int]] = {}
+    for k, key in enumerate(keys):
         gathered.setdefault(key, []).append(k)
     groups = []
-    for members in gathered.values():
-        width, height = sizes[members[0]]
+    for (*_, width, height), members in gathered.items():
         most = max(1, BATCH_PIXELS // (width * height))
         groups += [members[k : k + most] for k in range(0, len(members), most)]
     return groups

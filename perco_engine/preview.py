@@ -9,7 +9,6 @@ reads the grids that its size needs, and runs their networks as coarsely as MOST
 
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from .errors import InvalidModel, LimitExceeded, NotFinite, PreviewUnavailable
 from .opacity import opacity
 from .picture_files import turned, within
 from .preview_networks import PATCH, PreviewNetworks
-from .rates import Grid, RatePoint, ladder
+from .rates import Grid, of_hyper_encoder
 
 MOST_EXACT_PIXELS = 4 << 20
 """The largest picture whose preview is decoded exactly here: for a larger one, the import of torch pays off."""
@@ -55,33 +54,22 @@ class Previewer:
 
     def __init__(self, model: weights.Model) -> None:
         config = _read_config(model.folder)
-        points: Sequence[RatePoint]
+        points = of_hyper_encoder(config)
         self.networks: PreviewNetworks | None = None
         self.colours: NDArray[np.float32] = np.empty((0, 3), np.float32)
         if "grids" in config:
-            grids = (Grid(int(pixels), int(size)) for pixels, size in config["grids"])
-            points = ladder(*grids, bpp=config.get("bpp", ()))
             self.networks = PreviewNetworks(model.folder)
         else:
-            grid = Grid(512 // int(config["cfg_ss"]), int(config["cfg_cs"]))
-            points = (RatePoint(round(grid.bits_per_pixel, 4), (grid,)),)
-            self.colours = _read_colours(model.folder, grid.codebook_size)
+            self.colours = _read_colours(model.folder, points[0].grids[0].codebook_size)
         self._prior = Prior.load(model.folder)
         self._model = model
-        spec = weights.registered(model.registry_id)
-        self.rate_points = spec.rate_points if spec else tuple(points)
+        self.rate_points = model.file_rate_points(points)
 
     def codes(self, data: bytes, *, grids: int | None = None, allow_truncated: bool = False) -> Codes:
-        """What a file of this model says; see bitstream.unpack and unpack_partial.
-
-        Raises UnsupportedRatePoint where it is of another rate than its weights.
-        """
-        if allow_truncated:
-            codes = bitstream.unpack_partial(data, self.rate_points, prior=self._prior)
-        else:
-            codes = bitstream.unpack(data, self.rate_points, prior=self._prior, grids=grids)
-        self._model.check_rate_point(codes.rate_point, self.rate_points)
-        return codes
+        """What a file of this model says; see `weights.Model.codes`."""
+        return self._model.codes(
+            data, self.rate_points, prior=self._prior, grids=grids, allow_truncated=allow_truncated
+        )
 
     def picture(self, data: bytes, width_px: int, height_px: int, size: tuple[int, int]) -> Image.Image:
         """The picture of a file of width_px x height_px pixels, made `size` pixels small; RGB, or RGBA with opacity."""

@@ -6,10 +6,13 @@ fine, each refining the ones before it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+
+REFERENCE_SIDE_PX = 512
+"""The side of a picture whose grid of codes PerCo (SD)'s configurations tell the side of (cfg_ss)."""
 
 DEFAULT_BPP = 0.03
 """The rate that a save without `bpp` and `max_bytes` asks for, in bits a pixel."""
@@ -83,7 +86,7 @@ def chosen(points: Sequence[RatePoint], bpps: Sequence[float]) -> tuple[RatePoin
 
 
 PERCO_SD = tuple(
-    RatePoint(bpp, (Grid(512 // side, codebook_size),))
+    RatePoint(bpp, (Grid(REFERENCE_SIDE_PX // side, codebook_size),))
     for bpp, side, codebook_size in (
         (0.0019, 8, 256),
         (0.0024, 8, 1024),
@@ -95,6 +98,19 @@ PERCO_SD = tuple(
     )
 )
 """The seven rate points of PerCo (SD), lowest first.  8196 (not 8192) is what the reference has."""
+
+
+def of_hyper_encoder(config: Mapping[str, Any]) -> tuple[RatePoint, ...]:
+    """The rate points of a hyper-encoder by its configuration, lowest first.
+
+    They are those of a ladder's `grids`, or the one of a design of PerCo (SD), by its published name if it has one.
+    """
+    if "grids" in config:
+        return ladder(*(Grid(int(pixels), int(size)) for pixels, size in config["grids"]), bpp=config.get("bpp", ()))
+    grid = Grid(REFERENCE_SIDE_PX // int(config["cfg_ss"]), int(config["cfg_cs"]))
+    published = (point for point in PERCO_SD if point.grids == (grid,))
+    return (next(published, RatePoint(round(grid.bits_per_pixel, 4), (grid,))),)
+
 
 EMBEDDED = ladder(
     Grid(64, 256), Grid(32, 256), Grid(16, 512), Grid(16, 512), Grid(8, 256), Grid(8, 256),

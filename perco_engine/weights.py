@@ -8,17 +8,21 @@ by the fingerprint alone.
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import rates
-from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY
-from .codes import ModelReference
+from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY, read_header
+from .codes import Codes, ModelReference
 from .errors import ModelUnavailable, UnsupportedRatePoint
 from .rates import RatePoint
 from .store.checkpoint import RECORD, Checkpoint, installed
 from .store.checkpoint import read as read_record
+
+if TYPE_CHECKING:
+    from .bitstream.entropy import Coder
+    from .bitstream.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,44 @@ class Model:
         """How files name this model."""
         return ModelReference(self.registry_id, self.fingerprint)
 
-    def check_rate_point(self, rate_point: int, points: Sequence[RatePoint]) -> None:
-        """Raises UnsupportedRatePoint where a file that names these weights is of another of these rates than they."""
+    def file_rate_points(self, own: tuple[RatePoint, ...]) -> tuple[RatePoint, ...]:
+        """What the rate point of a file counts: of a family all, whichever are at hand, else the model's own."""
+        spec = registered(self.registry_id)
+        return spec.rate_points if spec else own
+
+    def codes(
+        self,
+        data: bytes,
+        points: tuple[RatePoint, ...],
+        *,
+        prior: "Prior | None",
+        coder: "Coder | None" = None,
+        grids: int | None = None,
+        allow_truncated: bool = False,
+    ) -> Codes:
+        """What the bytes of a file that names this model say.
+
+        points: those of `file_rate_points`.  The rest is as `bitstream.unpack` has it; allow_truncated: as
+            `bitstream.unpack_partial`, and then with all grids.
+        Raises BitstreamError, and UnsupportedRatePoint where the file is of another rate than the weights it names.
+        """
+        from .bitstream.container import OWN_CODER, unpack, unpack_partial  # with numpy, which opening a file spares
+
+        coder = coder or OWN_CODER
+        rate_point = read_header(data, allow_truncated=allow_truncated).rate_point
+        if rate_point >= len(points):
+            raise UnsupportedRatePoint(
+                f"the file names rate point {rate_point}, and {self.name!r} has {len(points)}: "
+                f"update pillow-perco, or the file is damaged"
+            )
         if self.rate_point is not None and self.rate_point != rate_point:
             raise UnsupportedRatePoint(
                 f"the file is of {points[rate_point].bpp} bpp, and the weights that it names, {self.name!r}, are of "
                 f"{points[self.rate_point].bpp}: the file is damaged"
             )
+        if allow_truncated:
+            return unpack_partial(data, points, prior=prior, coder=coder)
+        return unpack(data, points, prior=prior, coder=coder, grids=grids)
 
 
 def registered(registry_id: int) -> ModelSpec | None:

@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
 from ..errors import UnsupportedRatePoint
-from ..rates import PERCO_SD, Grid, RatePoint
+from ..rates import REFERENCE_SIDE_PX, RatePoint, of_hyper_encoder
 
-REFERENCE_SIDE_PX = 512
-"""cfg_ss, the configuration's side of the grid of codes, is that of a picture of this size."""
-
-LATENT_SIDE = 64
-"""The side of the latents of such a picture."""
+LATENT_SIDE = REFERENCE_SIDE_PX // 8
+"""The side of the latents of a picture of that size, whose grid of codes has cfg_ss a side."""
 
 
 @dataclass
@@ -78,9 +75,7 @@ class HyperEncoder(ModelMixin, ConfigMixin):
     @property
     def rate_points(self) -> tuple[RatePoint, ...]:
         """The one rate point of this model, under its published name where it has one."""
-        grid = Grid(REFERENCE_SIDE_PX // self.config.cfg_ss, self.config.cfg_cs)
-        published = (point for point in PERCO_SD if point.grids == (grid,))
-        return (next(published, RatePoint(round(grid.bits_per_pixel, 4), (grid,))),)
+        return of_hyper_encoder(self.config)
 
     def analyse(self, latents: Tensor) -> Tensor:
         """Latents (b, in_channels, h/8, w/8) to z (b, M, r, c); r and c are h/8 and w/8 over the factor, rounded up."""

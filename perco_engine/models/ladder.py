@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from vector_quantize_pytorch import VectorQuantize
 
-from ..rates import Grid, RatePoint, ladder
+from ..rates import RatePoint, of_hyper_encoder
 from .autoencoder import PATCH, ResidualBlock, zero_conv
 from .hyper_encoder import HyperEncoderOutput
 
@@ -168,7 +168,7 @@ class HyperLadder(ModelMixin, ConfigMixin):
     @property
     def rate_points(self) -> tuple[RatePoint, ...]:
         """The rate points that this model offers, lowest first."""
-        return ladder(*(Grid(pixels, size) for pixels, size in self.config.grids), bpp=self.config.bpp)
+        return of_hyper_encoder(self.config)
 
     @torch.no_grad()
     def weigh_rates(self, shares: Sequence[float]) -> None:

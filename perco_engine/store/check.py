@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import InvalidModel
 from ..model_folder import component_class, load_component
-from ..models.hyper_encoder import LATENT_SIDE, REFERENCE_SIDE_PX
-from ..rates import RatePoint
+from ..models.hyper_encoder import LATENT_SIDE
+from ..rates import REFERENCE_SIDE_PX, RatePoint
 from .component_files import WEIGHTLESS
 
 Shapes = dict[str, tuple[int, ...]]

@@ -13,10 +13,10 @@ from torch import nn
 from ..errors import InvalidModel, InvalidSettings, ModelUnavailable
 from ..files import new_folder
 from ..model_folder import is_null, load_component, progress_bars_off, read_json
-from ..models.hyper_encoder import REFERENCE_SIDE_PX, ElicHyperEncoder, HificHyperEncoder, HyperEncoder
+from ..models.hyper_encoder import ElicHyperEncoder, HificHyperEncoder, HyperEncoder
 from ..models.unet import UNet2DConditionModel
 from ..pipeline import PercoPipeline
-from ..rates import PERCO_SD
+from ..rates import PERCO_SD, REFERENCE_SIDE_PX
 from ..store.component_files import bring
 from ..store.download import download
 from .settings import HyperEncoderStart, Learn, Model
