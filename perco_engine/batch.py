@@ -224,7 +224,7 @@ class _Work:
         self._done.put(None)
 
     def _run_batch(self, batch: Sequence[Item]) -> None:
-        self._networks.load(batch[0].task.encodes)
+        self._networks.load(batch)
         try:
             self._networks.run(batch)
         except Exception as error:
@@ -314,7 +314,7 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
 
 def _read_perco(task: Task, take: Callable[[int], None]) -> Item:
     state = _state(task.source)
-    data = files.read_perco(task.source)
+    data = files.read_perco_file(task.source)
     header = read_header(data)
     size = header.width_px, header.height_px
     take(size[0] * size[1])

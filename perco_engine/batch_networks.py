@@ -87,24 +87,22 @@ class Networks:
         self._pixels = 0
         self.make_thumbnails = False
 
-    def load(self, encodes: bool) -> None:
-        """Loads the model for encoding, and finds what writes captions; makes a folder's model known for decoding.
-
-        Once only.
-        """
+    def load(self, batch: Sequence[Item]) -> None:
+        """Loads, once, what a batch needs that no file is to blame for: the model, and what writes captions."""
         from .captioner import get_captioner
         from .engine import get_engine
         from .weights import find
 
-        if self._loaded:
-            return
-        if encodes:
-            self._engine = get_engine(self._settings.model)
-            self._captioner = get_captioner(self._settings.captioner, self._engine.device)
-            self.make_thumbnails = thumbnails.is_wanted(self._settings.thumbnails, self._engine)
-        elif self._settings.model != "embedded":
-            find(self._settings.model)
-        self._loaded = True
+        settings = self._settings
+        if not self._loaded:
+            if batch[0].task.encodes:
+                self._engine = get_engine(settings.model)
+                self.make_thumbnails = thumbnails.is_wanted(settings.thumbnails, self._engine)
+            elif settings.model != "embedded":
+                find(settings.model)
+            self._loaded = True
+        if self._engine is not None and self._captioner is None and any(item.caption is None for item in batch):
+            self._captioner = get_captioner(settings.captioner, self._engine.device)
 
     def run(self, batch: Sequence[Item]) -> None:
         """Files of pictures of one size, or pictures of files of one size and model, each into its item."""

@@ -101,8 +101,8 @@ def plan(request: Request) -> list[Task]:
         found = list(find(request))
         if suffix is None:
             suffix = _likely_suffix(found)
-        else:
-            found = _without_results(found, request, suffix)
+        elif suffix == PERCO:
+            found = _without_results(found, request)
         tasks = [
             Task(one.path, target(one, request, suffix), one.problem)
             for one in found
@@ -192,11 +192,13 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]
     elif os.path.lexists(path) or not glob.has_magic(text):
         yield path.parent, path, False, _problem(path)
     else:
-        matches = sorted(set(_matches(path)))
-        if not matches:
+        found = set(_matches(path))
+        if text.endswith(("/", os.sep)):  # which Path leaves out
+            found = {match for match in found if _is_folder(match)}
+        if not found:
             raise ConversionError(f"{printable(text)} matches nothing")
         base = _base(path) if "**" in path.parts else None
-        for match in matches:
+        for match in sorted(found, key=lambda match: (match.is_symlink(), match)):
             if _is_folder(match):
                 below = scan(match, True) if recursive else []
                 yield from ((base or match.parent, file, True, problem) for file, problem in below)
@@ -221,11 +223,14 @@ def _matches(pattern: Path) -> Iterator[Path]:
         yield from map(Path, glob.glob(str(pattern)))  # noqa: PTH207
         return
     at = pattern.parts.index("**")
-    rest = pattern.parts[at + 1 :] or ("*",)
+    rest = pattern.parts[at + 1 :]
     for top in _matches(Path(*pattern.parts[:at])):
+        if not rest:
+            yield top
         for parent, folders, _ in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from _matches(Path(glob.escape(parent), *rest))
+            below = _matches(Path(glob.escape(parent), *(rest or ("*",))))
+            yield from (match for match in below if not (match.is_symlink() and _is_folder(match)))
 
 
 def _base(pattern: Path) -> Path:
@@ -273,11 +278,11 @@ def _likely_suffix(found: Sequence[Source]) -> str:
     return PERCO if photos or not found else ".png"
 
 
-def _without_results(found: Sequence[Source], request: Request, suffix: str) -> list[Source]:
-    """Without the files that others of these become: a glob names what an earlier run has written beside its photos."""
-    to_convert = [one for one in found if is_perco(one.path) != (suffix == PERCO)]
-    results = {_identity(target(one, request, suffix)) for one in to_convert}
-    return [one for one in found if is_perco(one.path) != (suffix == PERCO) or _identity(one.path) not in results]
+def _without_results(found: Sequence[Source], request: Request) -> list[Source]:
+    """Without the .perco files that photos of these become: a glob names what an earlier run wrote beside them."""
+    photos = (one for one in found if not is_perco(one.path) and not one.problem)
+    results = {_identity(target(one, request, PERCO)) for one in photos}
+    return [one for one in found if not is_perco(one.path) or _identity(one.path) not in results]
 
 
 def _check(tasks: Sequence[Task]) -> None:

@@ -141,7 +141,8 @@ class Engine:
         effort: search for better codes (search.py) in so many steps, 0..100, each of which takes about two decodes;
             8 brings most of what there is.  For models with a ladder of codes, such as the embedded one.  0: codes as
             the encoder alone chooses them.  None: 4 steps for these models, 8 at their lowest rate, for pictures of up
-            to 2**20 pixels, and as many fewer for larger ones as keep the time; for other models 0.
+            to 2**20 pixels, and as many fewer for larger ones as keep the time; for other models, with offloaded
+            networks, and where memory does not suffice, 0.
         best_of: decode with so many seeds, 1..129, at the model's default steps, and store the one whose picture has
             the least squared error; the file grows by at most a byte.
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
@@ -297,7 +298,7 @@ class Engine:
 
 
 def _groups(keys: Sequence[tuple[Any, ...]]) -> list[list[int]]:
-    """Positions of equal keys together, in groups of at most BATCH_PIXELS.  A key ends with width and height in pixels."""
+    """Positions of equal keys together, at most BATCH_PIXELS in a group.  A key ends with width, height in pixels."""
     gathered: dict[tuple[Any, ...], list[int]] = {}
     for k, key in enumerate(keys):
         gathered.setdefault(key, []).append(k)

@@ -8,21 +8,32 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .codes import MAX_FILE_BYTES
-from .printable import printable
+
+BLOCK_BYTES = 1 << 20
+"""What is read at once."""
 
 _unfinished: set[Path] = set()
 """What is being written at this moment."""
 
 
-def read_perco(path: Path) -> bytes:
-    """The bytes of a .perco file.  Raises OSError, for one that is larger than any needs to be, too."""
+def read_perco(file: IO[bytes]) -> bytes:
+    """The bytes of a .perco file, without memory for more.  Raises OSError, for more than any file needs, too."""
+    blocks, left = [], MAX_FILE_BYTES + 1
+    while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
+        blocks.append(block)
+        left -= len(block)
+    if left <= 0:
+        raise OSError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
+    return b"".join(blocks)
+
+
+def read_perco_file(path: Path) -> bytes:
+    """The bytes of the .perco file of this name; see `read_perco`."""
     with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise OSError(f"{printable(path)} is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
-    return data
+        return read_perco(file)
 
 
 def write_beside(

@@ -17,6 +17,7 @@ from . import pixels
 from .codes import Codes
 from .errors import BudgetTooSmall, NotEnoughMemory
 from .memory import is_offloaded
+from .models.ladder import HyperLadder
 from .search import search, usual_steps
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def _searched(engine: "Engine", codes: Codes, image: Image.Image, effort: int | 
     steps = usual_steps(engine.pipeline, level, *image.size) if effort is None else effort
     if not steps:
         return
-    if is_offloaded(engine.pipeline):  # the way back of a gradient needs all networks there at once
+    # The way back of a gradient needs all networks on the device at once.
+    if is_offloaded(engine.pipeline) and isinstance(engine.pipeline.hyper_enc, HyperLadder):
         if effort:
             raise ValueError("a search needs all networks on the device: leave effort out, or take offload=False")
         return

@@ -118,18 +118,20 @@ def explained(doing: str, pipeline: PercoPipeline, count: int, size: tuple[int, 
         smaller.append(f"max_size_px={max(size) // 2}")
     pictures = f"{count} picture{'s' if count > 1 else ''} of {size[0]}x{size[1]} pixels"
     task = f"{'search for codes of' if doing == 'search' else doing} {pictures}"
-    return _out_of_memory(task, pipeline, pipeline._execution_device, *smaller)
+    return _out_of_memory(task, pipeline, pipeline._execution_device, *smaller, may_offload=doing != "search")
 
 
 @contextmanager
-def _out_of_memory(task: str, pipeline: PercoPipeline, device: torch.device, *smaller: str) -> Iterator[None]:
+def _out_of_memory(
+    task: str, pipeline: PercoPipeline, device: torch.device, *smaller: str, may_offload: bool = True
+) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         ways = list(smaller)
-        if device.type == "cuda" and not is_offloaded(pipeline):
+        if may_offload and device.type == "cuda" and not is_offloaded(pipeline):
             ways.append("get_engine(..., offload=True)" + ("" if is_accelerate_available() else " (with accelerate)"))
         if pipeline.unet.dtype == torch.float32:
             ways.append("get_engine(..., dtype=torch.bfloat16)")

@@ -10,6 +10,9 @@ from torch import Tensor
 from .codes import AlphaMask
 from .picture_files import upright
 
+MOST_OF_8_BITS = 511
+"""What the brightest pixel of mode I has at most where 255 is white, and sums or products have gone beyond it."""
+
 ALPHA_BITS = 4
 ALPHA_LONGEST_SIDE = 128
 ALPHA_LOG2_SCALES = range(3, 7)
@@ -31,16 +34,16 @@ def has_alpha(image: Image.Image) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB, without its opacity.
 
-    I;16, and I with values over 255, as of a PGM of 16 bits, is scaled to 8 bits, and F within 0..1, as of a PFM, too;
-    other I and F are clipped to 0..255, as Pillow does.  LAB goes through its colour profile.
+    I;16, and I with values over MOST_OF_8_BITS, as of a PGM of 16 bits, is scaled to 8 bits, and F within 0..1, as of a
+    PFM, too; other I and F are clipped to 0..255, as Pillow does.  LAB goes through its colour profile.
     """
     if image.mode == "RGB":
         return image
     if image.mode[0] in "IF":
         values = np.asarray(image)
-        if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 255):
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.size and values.max() > MOST_OF_8_BITS):
             levels = (values.clip(0, 65535).astype(np.uint32) + 128) // 257
-        elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+        elif image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1:
             levels = (values * 255).round()
         else:
             levels = values.clip(0, 255)

@@ -40,8 +40,8 @@ MAX_FILE_BYTES = 16 << 20
 MAX_PICTURE_BYTES = 256 << 20
 """Of the pixels of a reply; larger pictures are refused."""
 
-MAX_CONNECTIONS = 8
-"""Beyond these nothing is decoded, and beyond twice as many nothing answered."""
+MAX_DECODES, MAX_CONNECTIONS = 8, 16
+"""At once; others are refused.  Who asks for the service's status, or stops it, is answered while it decodes."""
 
 TRANSFER_SECONDS = 10.0
 IDLE_SECONDS = 300.0
@@ -219,7 +219,7 @@ class _Service:
         self._idle_seconds = idle_seconds
         self._last = time.monotonic()
         self._decoded = 0
-        self._busy = 0
+        self._busy = self._decoding = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._importing = threading.Thread(target=_import_engine, daemon=True)
@@ -256,7 +256,7 @@ class _Service:
                 connection, _ = listening.accept()
             except TimeoutError:
                 continue
-            if peer_uid(connection) != os.geteuid() or self._busy >= 2 * MAX_CONNECTIONS:
+            if peer_uid(connection) != os.geteuid() or self._busy >= MAX_CONNECTIONS:
                 connection.close()
                 continue
             with self._lock:
@@ -287,14 +287,18 @@ class _Service:
             }, b""  # fmt: skip
         if do != "decode":
             return {"ok": False, "error": "ValueError", "text": f"no service does {do!r}"}, b""
-        if self._busy > MAX_CONNECTIONS:  # others, which may ask for its status, are let in
-            return {"ok": False, "error": "OSError", "text": "the service is busy"}, b""
+        with self._lock:
+            if self._decoding == MAX_DECODES:
+                return {"ok": False, "error": "OSError", "text": "the service is busy"}, b""
+            self._decoding += 1
         try:
             picture = self._decode(payload, request.get("model"), request.get("options") or {})
         except Exception as error:
             return {"ok": False, "error": type(error).__name__, "text": str(error)}, b""
         finally:
             self._last = time.monotonic()
+            with self._lock:
+                self._decoding -= 1
         self._decoded += 1
         return {"ok": True, "mode": picture.mode, "size": picture.size}, picture.tobytes()
 

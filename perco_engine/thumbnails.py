@@ -211,7 +211,7 @@ def fill_files(paths: Iterable[Path], *, again: bool = False) -> Iterator[Filled
             yield Filled(path)
             continue
         try:
-            state, data = path.stat(), files.read_perco(path)
+            state, data = path.stat(), files.read_perco_file(path)
             made = write_thumbnails(path, _decoded(data), state)
             yield Filled(path, made, "" if made else "the thumbnail cache cannot be written")
         except (PercoError, OSError, RuntimeError, MemoryError) as error:

@@ -44,7 +44,7 @@ def decoded(file: Path, model: str | None = None, **options: "Unpack[DecodeOptio
 
     The options are those of `decode`.  Raises OSError, PercoError.
     """
-    data = files.read_perco(file)
+    data = files.read_perco_file(file)
     header = read_header(data)
     told = repr((__version__, model, sorted(options.items()))).encode()
     kept = folder() / hashlib.sha256(told + data).hexdigest()[:24]

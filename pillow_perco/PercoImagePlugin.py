@@ -10,15 +10,15 @@ import io
 from dataclasses import dataclass
 from typing import IO, Any
 
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
-from perco_engine.codes import EXIF_PREFIX, MAX_FILE_BYTES, MIME_TYPE, Metadata, is_of_other_pixels
+from perco_engine.codes import EXIF_PREFIX, MIME_TYPE, Metadata, is_of_other_pixels
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
+from perco_engine.files import read_perco
 from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
-BLOCK_BYTES = 1 << 20
 REDUCTIONS = (8, 4, 2)
 
 
@@ -47,15 +47,6 @@ def _accept(prefix: bytes) -> bool:
     return prefix.startswith(MAGIC)
 
 
-def _read(file: IO[bytes], most_bytes: int) -> bytes:
-    """What is in a file, at most so many bytes, without memory for all of those."""
-    blocks = []
-    while most_bytes > 0 and (block := file.read(min(most_bytes, BLOCK_BYTES))):
-        blocks.append(block)
-        most_bytes -= len(block)
-    return b"".join(blocks)
-
-
 class PercoImageFile(ImageFile.ImageFile):
     """A .perco file: size, mode and info from its header, pixels when they are asked for.
 
@@ -72,9 +63,7 @@ class PercoImageFile(ImageFile.ImageFile):
 
     def _open(self) -> None:
         assert self.fp is not None
-        self._file = _read(self.fp, MAX_FILE_BYTES + 1)
-        if len(self._file) > MAX_FILE_BYTES:
-            raise OSError(f"the file is larger than {MAX_FILE_BYTES} bytes, which no .perco file needs to be")
+        self._file = read_perco(self.fp)
         try:
             header = read_header(self._file, allow_truncated=ImageFile.LOAD_TRUNCATED_IMAGES)
         except NotAPercoFile as error:
@@ -185,9 +174,9 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
     from perco_engine import get_engine, pixels
 
     exif = options.get("exif") or b""
-    if isinstance(options.get("exif"), Image.Exif):  # which counts its own tags alone, and not those of its blocks
-        block = options["exif"].tobytes()
-        exif = b"" if block == Image.Exif().tobytes() else block
+    if isinstance(found := options.get("exif"), Image.Exif):  # which counts its own tags alone, and not its blocks'
+        others = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)
+        exif = found.tobytes() if len(found) or any(map(found.get_ifd, others)) else b""
     xmp = options.get("xmp") or b""
     blocks = {
         "exif": exif.removeprefix(EXIF_PREFIX) if isinstance(exif, bytes) else exif,

@@ -11,7 +11,7 @@ from PIL import Image
 import pillow_perco
 from perco_engine import bitstream, conversion, picture_files
 from perco_engine.errors import PercoError
-from perco_engine.files import read_perco, write_beside
+from perco_engine.files import read_perco_file, write_beside
 from perco_engine.printable import printable
 
 from .cli_compare import compare
@@ -149,7 +149,7 @@ def decode(
     from perco_engine.evaluation.contact_sheet import samples_sheet
 
     kind = kind_of(target)
-    data = read_perco(source)
+    data = read_perco_file(source)
     header = bitstream.read_header(data)
     engine = engine_of_file(data, model)
     first = header.seed if seed is None else seed
@@ -168,7 +168,7 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(file: Path, as_json: bool) -> None:
     """Tell what a .perco file says, without decoding its pixels."""
-    data = read_perco(file)
+    data = read_perco_file(file)
     header = bitstream.read_header(data)
     said = {**describe(header, len(data)), "mode": "RGBA" if header.has_alpha else "RGB"}
     if as_json:

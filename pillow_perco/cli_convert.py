@@ -21,7 +21,7 @@ from perco_engine.conversion import Request, Task
 from perco_engine.errors import ConversionError
 from perco_engine.printable import printable, some
 
-from .cli_options import EFFORT, MODEL
+from .cli_options import EFFORT_OF_ENCODING, MODEL
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -55,7 +55,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
-@EFFORT
+@EFFORT_OF_ENCODING
 @click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
 @click.option(
     "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."

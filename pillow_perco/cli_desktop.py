@@ -17,8 +17,6 @@ FILES = click.Path(dir_okay=False, path_type=Path)  # one that is gone is told w
 @click.group()
 def desktop() -> None:
     """Show .perco files in file managers, convert by right-click, open by double-click."""
-    if sys.platform in ("win32", "darwin"):
-        raise click.ClickException("the file managers of this system cannot be taught .perco: perco view shows a file")
 
 
 def which_place(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +41,7 @@ def place_for(system: bool, prefix: Path, destdir: Path | None) -> Any:
     from .desktop import points
 
     if not system:
+        _check_system()
         context = click.get_current_context()
         if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("prefix", "destdir")):
             raise click.UsageError("--prefix and --destdir go with --system")
@@ -50,6 +49,11 @@ def place_for(system: bool, prefix: Path, destdir: Path | None) -> Any:
     if not prefix.is_absolute():
         raise click.BadParameter("the prefix must be an absolute path")
     return points.system_place(prefix, destdir.absolute() if destdir else None)
+
+
+def _check_system() -> None:
+    if sys.platform in ("win32", "darwin"):
+        raise click.ClickException("the file managers of this system cannot be taught .perco: perco view shows a file")
 
 
 @desktop.command()
@@ -88,6 +92,7 @@ def status() -> None:
     """
     from .desktop import check
 
+    _check_system()
     faults = 0
     for finding in check.findings():
         click.echo(finding.line)
@@ -103,6 +108,7 @@ def thumbnails(folder: Path, recursive: bool, again: bool) -> None:
     """Put thumbnails in full quality of FOLDER's .perco files into your thumbnail cache."""
     from perco_engine.thumbnails import fill
 
+    _check_system()
     failed = 0
     for one in fill(folder, recursive=recursive, again=again):
         click.echo(

@@ -12,9 +12,11 @@ MODEL = click.option(
 )
 FILE_MODEL = click.option("--model", help="The folder of the file's model, if it is not installed.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Another seed than the file's.")
-EFFORT = click.option(
-    "--effort", type=click.IntRange(0, 100),
-    help="Steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
+EFFORT, EFFORT_OF_ENCODING = (
+    click.option(
+        "--effort", type=click.IntRange(0, 100),
+        help=f"{of}Steps of a search for better codes.  [default: 4, at the lowest rate 8; fewer beyond a megapixel]",
+    ) for of in ("", "To .perco: ")
 )  # fmt: skip
 
 

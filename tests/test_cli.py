@@ -86,7 +86,7 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
         (("encode", "{jpeg}", "{out}", "--model", "none"), "neither a registered model"),
         (("encode", "{text}", "{out}"), "cannot identify image file"),
         (("encode", "{avif}", "{out}"), "broken.avif: "),
-        (("info", "{large}"), "is larger than 268435456 bytes, which no .perco file needs to be"),
+        (("info", "{large}"), "the file is larger than 268435456 bytes, which no .perco file needs to be"),
         (("demo", "--photo", "{png}", "--out", "{png}"), "would be written over"),
         (("demo", "--photo", "{jpeg}", "--out", "{text}.foo"), "no picture format"),
         (("convert-reference", "{out}", "{out}"), "would be written over"),

@@ -112,7 +112,16 @@ def test_globs_do_not_go_round_in_circles(tree: Path) -> None:
         Path("in", link).symlink_to(".")
     assert planned("in/**/*.jpg") == [("in/a.jpg", "out/a.perco"), ("in/sub/c.jpg", "out/sub/c.perco")]
     assert planned("in/**/sub/**/*.jpg") == [("in/sub/c.jpg", "out/sub/c.perco")]
-    assert ("in/sub/c.jpg", "out/sub/c.perco") in planned("in/**", to="perco")
+    nested = ("in/sub/c.jpg", "out/sub/c.perco")
+    assert nested in planned("in/**", to="perco") and nested in planned("in/**", to="perco", recursive=True)
+    assert nested in planned("in/*", to="perco", recursive=True)
+
+
+def test_a_glob_of_folders_is_of_folders(tree: Path) -> None:
+    assert planned("in/*/", recursive=True) == [("in/sub/c.jpg", "out/sub/c.perco")]
+    with pytest.raises(ConversionError, match="nothing to convert"):
+        planned("in/*/")
+    assert planned("in/**/", recursive=True) == planned("in", recursive=True)
 
 
 def test_a_glob_names_what_an_earlier_run_has_made(tree: Path) -> None:
@@ -121,9 +130,13 @@ def test_a_glob_names_what_an_earlier_run_has_made(tree: Path) -> None:
     assert planned(*both, out="in", to="perco") == [("in/a.jpg", "in/a.perco"), ("in/b.PNG", "in/b.perco")]
     Path("in/z.perco").touch()
     Path("in/z.png").touch()
-    assert planned("in/z.png", "in/z.perco", out="in", to="png") == [("in/z.perco", "in/z.png")]
+    with pytest.raises(ConversionError, match=r"has to be a \.perco file"):  # z.png may be the original
+        planned("in/z.png", "in/z.perco", out="in", to="png")
     with pytest.raises(ConversionError, match="say which to make"):  # a.perco may be the only original
         planned(*both, out="in")
+    assert [task.problem for task in plan(Request(["in/gone.jpg", "in/z.perco.jpg"], "in", "perco"))] == [
+        "there is no such file", "there is no such file",
+    ]  # fmt: skip
 
 
 def test_what_nobody_may_look_at_is_told_with_the_others(tree: Path) -> None:

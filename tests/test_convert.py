@@ -198,6 +198,8 @@ def test_a_model_that_is_not_there_ends_it(photos: Path) -> None:
 def test_a_captioner_that_is_not_there_ends_it(photos: Path) -> None:
     result = convert("in/a.jpg", "in/sub", "out", "--captioner", "./none")
     assert result.exit_code == 1 and result.output.count("there is no folder './none'") == 1
+    result = convert("in/a.jpg", "out/", "--captioner", "./none", "--caption", "an owl")  # which nobody asks
+    assert result.exit_code == 0
 
 
 def test_a_second_interrupt_leaves_no_part_of_a_file(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,10 @@ def test_grey_of_other_files_keeps_its_range(head: bytes, kind: str, top: int) -
     assert np.abs(levels[::3] - np.linspace(0, 255, 64 * 64)).max() <= 1
 
 
+def test_a_value_beyond_eight_bits_is_clipped() -> None:
+    assert to_rgb(Image.fromarray(np.array([[200, 260]], np.int32))).getpixel((0, 0)) == (200, 200, 200)
+
+
 def test_a_colour_that_stood_for_nothing_in_another_mode_is_none(photo: Image.Image) -> None:
     keyed = photo.copy()
     keyed.info["transparency"] = photo.getpixel((0, 0))
@@ -171,7 +175,14 @@ def test_metadata_round_trips_only_when_given(photo: Image.Image) -> None:
     photo = photo.copy()
     photo.info["exif"] = exif.tobytes()
     assert "exif" not in opened(saved(photo)).info
-    assert "exif" not in opened(saved(photo, exif=Image.Exif())).info
+    looked_at, emptied = Image.Exif(), Image.Exif()
+    looked_at.get_ifd(ExifTags.IFD.GPSInfo)
+    emptied.load(
+        b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00\x00\x00\x00\x00"
+    )
+    assert emptied.pop(0x0112) == 6
+    for empty in (Image.Exif(), looked_at, emptied):
+        assert "exif" not in opened(saved(photo, exif=empty)).info
 
 
 def test_max_bytes_takes_the_best_that_fits(photo: Image.Image) -> None:

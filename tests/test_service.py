@@ -70,7 +70,7 @@ def hostile(runtime: Path) -> None:
     for message in (
         struct.pack(">II", 1 << 31, 0), struct.pack(">II", 2, 1 << 31) + b"{}", struct.pack(">II", 9, 0) + b"{",
         struct.pack(">II", 4, 0) + b"nope", struct.pack(">II", 2, 0) + b"[]",
-        *[struct.pack(">II", 60_000, 0) + b"[" * 60_000] * 9,  # more than there may be connections at once
+        *[struct.pack(">II", 60_000, 0) + b"[" * 60_000] * 17,  # more than there may be connections at once
     ):  # fmt: skip
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5)
@@ -119,7 +119,7 @@ def test_another_user_s_folder_is_not_used(runtime: Path, monkeypatch: pytest.Mo
 
 def test_a_busy_service_can_be_stopped(runtime: Path, data: bytes) -> None:
     one = service._Service(60)
-    one._busy = service.MAX_CONNECTIONS
+    one._decoding = service.MAX_DECODES
     thread = threading.Thread(target=one.serve)
     thread.start()
     end = time.monotonic() + 60

@@ -58,7 +58,7 @@ def user_place() -> Place:
     data, config = _xdg("XDG_DATA_HOME", ".local/share"), _xdg("XDG_CONFIG_HOME", ".config")
     for folder in (data, config):
         there = next(one for one in (folder, *folder.parents) if one.exists())
-        if there.stat().st_uid != os.geteuid():  # as with sudo, which may leave another user's home
+        if os.geteuid() == 0 and there.stat().st_uid != 0:  # as with sudo, which may leave another user's home
             raise PermissionError(f"{there} is not this user's own: run it as its owner, or use --system")
     system = SYSTEM_PREFIX / "bin" / "perco-thumbnailer"
     thumbnailer = system if os.access(system, os.X_OK) else script("perco-thumbnailer")
