@@ -128,7 +128,8 @@ class PercoPipeline(DiffusionPipeline):
             super().save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
         for file in Path(folder).glob("*/config.json"):
             config = json.loads(file.read_bytes())
-            if config.pop("_name_or_path", None) is not None:
+            if "_name_or_path" in config:
+                del config["_name_or_path"]
                 file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property

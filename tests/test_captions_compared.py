@@ -59,9 +59,21 @@ def test_one_photo_that_fails_and_none_that_can_be_read(
     settings = captions.Settings(tmp_path, tmp_path / "out", str(tiny_model), (0.001,), metrics=("psnr",))
     assert [one.photo for one in captions.compare(settings, told.append)] == ["a.png", "c.png"]
     assert "b.png: left out, too large" in told
+    whole = (tmp_path / "out" / "captions.jsonl").read_text()
+
+    def interrupted(engine: Any, photo: Any, *rest: Any) -> Any:
+        if photo.name == "b.png":
+            raise KeyboardInterrupt
+        return real(engine, photo, *rest)
+
+    monkeypatch.setattr(captions, "_of_photo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        captions.compare(settings)
+    assert (tmp_path / "out" / "captions.jsonl").read_text() == whole
+    assert len((tmp_path / "out" / "captions.partial.jsonl").read_text().splitlines()) == 1
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"damaged")
-    with pytest.raises(EvaluationError, match="can be read"):
+    with pytest.raises(EvaluationError, match="could be compared: cannot be read"):
         captions.compare(settings)
 
 

@@ -245,6 +245,8 @@ def test_captions_are_made_once_and_kept(tmp_path: Path) -> None:
     (tmp_path / "captions.0.jsonl").write_text(re.sub('"captioner": "[^"]*"', '"captioner": "another"', text))
     captions()(NAMES, NONE, PIXELS, NAMES)
     assert len(seen) == 6
+    (tmp_path / "captions.0.jsonl").write_text('{"name": "0.png", "caption": "of a run of before"}\n')
+    assert captions()(NAMES[1:], NONE[1:], PIXELS[1:], NAMES[1:]) == ["of a run of before"]
 
 
 def shard(path: Path, members: dict[str, bytes]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import rates
 from ..captioner import caption_pictures, get_captioner
 from ..engine import Engine, get_engine
-from ..errors import EvaluationError, PercoError
+from ..errors import EvaluationError, NotEnoughMemory, NotFinite
 from ..family import FamilyEngine
 from ..picture_files import UNREADABLE
 from ..printable import printable
@@ -87,30 +87,36 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         tell(f"{name}: {why}")
     captioner = get_captioner(settings.captioner, engine.device)
     photos: list[tuple[Photo, str]] = []
+    why = ""
     for photo in find_photos(settings.folder, settings.out, settings.limit):
         try:
             image, caption = photo.read(), photo.caption()
         except UNREADABLE as error:
-            tell(f"{printable(photo.name)}: left out, cannot be read: {error}")
+            why = f"cannot be read: {error}"
+            tell(f"{printable(photo.name)}: left out, {why}")
             continue
         photos.append((photo, caption or caption_pictures(captioner, [image])[0]))
     if not photos:
-        raise EvaluationError(f"no photo of {settings.folder} can be read")
+        raise EvaluationError(f"no photo of {settings.folder} could be compared: {why}")
     found: list[Found] = []
     wrong = shuffled([caption for _, caption in photos])
+    name = "captions.partial.jsonl"  # what an interrupt leaves, beside the results of a run before
     try:
         for (photo, right), other in zip(photos, wrong, strict=True):
             try:
                 found += _of_photo(engine, photo, dict(zip(KINDS, (right, "", other), strict=True)), points, judges)
-            except PercoError as error:
-                tell(f"{printable(photo.name)}: left out, {error}")
+            except (NotEnoughMemory, NotFinite) as error:
+                why = str(error)
+                tell(f"{printable(photo.name)}: left out, {why}")
                 continue
             tell(f"{printable(photo.name)}: {printable(right)}; not {printable(other)}")
-    finally:  # an interrupt does not lose hours
-        lines = "".join(json.dumps(vars(one)) + "\n" for one in found)
-        write_result(settings.out / "captions.jsonl", lines.encode())
+        name = "captions.jsonl"
+    finally:
+        if found:
+            write_result(settings.out / name, "".join(json.dumps(vars(one)) + "\n" for one in found).encode())
     if not found:
-        raise EvaluationError(f"no photo of {settings.folder} could be coded")
+        raise EvaluationError(f"no photo of {settings.folder} could be compared: {why}")
+    (settings.out / "captions.partial.jsonl").unlink(missing_ok=True)
     return found
 
 

@@ -53,12 +53,11 @@ def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo
     Raises EvaluationError if there is none.
     """
     kinds, results = readable_suffixes(), out.resolve()
-    if results in folder.resolve().parents:  # then the photos are below it, and no results
-        results = folder / "no such folder"
+    above = results in folder.resolve().parents  # then the photos are below it, and no results
     paths = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in kinds and path.is_file() and results not in path.resolve().parents
+        if path.suffix.lower() in kinds and path.is_file() and (above or results not in path.resolve().parents)
     ]
     if not paths:
         raise EvaluationError(f"there is no picture in {folder}: name a folder of photos")

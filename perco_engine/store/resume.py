@@ -74,5 +74,7 @@ def _fetch_alone(url: str, name: str, sha256: str, size: int, begun: Path, targe
     try:
         shutil.move(begun, part)
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        if begun.exists():  # else it is the only copy of what has arrived
+            part.unlink(missing_ok=True)
+        raise

@@ -27,6 +27,7 @@ class Captioned:
         self.known: dict[str, str] = {}
         self.captioner = None
         self.kept = folder / f"captions.{rank}.jsonl"
+        self._appends = False
         if settings.source == "table":
             assert settings.table is not None
             columns = (settings.name_column, settings.caption_column)
@@ -43,8 +44,9 @@ class Captioned:
                 told = json.loads(line)
             except ValueError:  # the line that was being written when the run was broken off
                 continue
-            if told.get("captioner") == str(self.settings.captioner):
-                self.known[told["key"]] = told["caption"]
+            own = str(self.settings.captioner)
+            if told.get("captioner", own) == own:  # runs of before say neither that nor "key"
+                self.known[told.get("key") or told["name"]] = told["caption"]
 
     def __call__(
         self, names: Sequence[str], sidecars: Sequence[str | None], crops: Tensor, keys: Sequence[str]
@@ -73,7 +75,9 @@ class Captioned:
         captioner = str(self.settings.captioner)
         lines = (json.dumps({"key": key, "captioner": captioner, "caption": text}) for key, text in made.items())
         with self.kept.open("a", encoding="utf-8") as file:
-            file.write("\n")  # where the last line is torn
+            if not self._appends:
+                file.write("\n")  # where the last line is torn
+            self._appends = True
             file.writelines(line + "\n" for line in lines)
 
 

@@ -22,8 +22,9 @@ Cut = Callable[[Image.Image, int, random.Random], Image.Image]
 """(photo, side, rng) -> a square of `side` pixels."""
 
 Crop = dict[str, Any]
-"""pixels (3, side, side) float32 in -1..1; name; sidecar (a text or None); seed (of the crop's noise); skipped: the
-names of photos that could not be read, and why; places: of a stream, how many samples its reader has read by now."""
+"""pixels (3, side, side) float32 in -1..1; name; key (unlike names, of one photo); sidecar (a text or None); seed
+(of the crop's noise); skipped: the names of photos that could not be read, and why; places: of a stream, how many
+samples its reader has read by now."""
 
 ATTEMPTS = 100
 """So many photos in a row that cannot be read are no accident."""

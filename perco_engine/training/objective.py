@@ -126,6 +126,6 @@ def noise_levels(scheduler: Any, grid: int | None) -> Tensor:
         return torch.arange(scheduler.config.num_train_timesteps)
     sampler = type(scheduler).from_config(scheduler.config)
     sampler.set_timesteps(grid)
+    levels: Tensor = sampler.timesteps.long().cpu()
     # Stable Diffusion's steps_offset takes a grid of all levels one beyond the last.
-    levels: Tensor = sampler.timesteps.long().cpu().clamp(max=scheduler.config.num_train_timesteps - 1)
-    return levels
+    return levels - max(0, int(levels.max()) - (scheduler.config.num_train_timesteps - 1))

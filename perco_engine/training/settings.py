@@ -22,7 +22,7 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 Name = Annotated[str, MinLen(1)]
 
 

@@ -5,8 +5,9 @@ import itertools
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
@@ -86,7 +87,7 @@ class ShardCrops(IterableDataset[Crop]):
                 continue
             failed = 0
             yield {
-                "pixels": crop, "name": sample["__key__"], "key": f"{sample['__url__']}/{sample['__key__']}",
+                "pixels": crop, "name": sample["__key__"], "key": _key(sample),
                 "sidecar": sidecar, "seed": seed, "skipped": dict(skipped), "places": {reader: place + 1},
             }  # fmt: skip
             skipped.clear()
@@ -129,6 +130,11 @@ class ShardCrops(IterableDataset[Crop]):
             if empty:
                 some = "; ".join(f"{shard}: {why}" for shard, why in list(skipped.items())[:3])
                 raise TrainingError(f"there is no photo in the shards of a reader: {some or ', '.join(order[:3])}")
+
+
+def _key(sample: dict[str, Any]) -> str:
+    """By which a photo is told apart from those of other shards, wherever these lie."""
+    return f"{PurePosixPath(urlsplit(sample['__url__']).path).name}/{sample['__key__']}"
 
 
 def _decode(sample: dict[str, Any]) -> Image.Image:
