@@ -40,13 +40,8 @@ def compare(
 
     settings = comparing.Settings(
         model,
-        listed(bpp, float),
-        max_size,
-        listed(against, str),
-        listed(metrics, str) or comparing.DEFAULT_METRICS,
-        by,
-        peers,
-        effort,
-    )
+        bpp=listed(bpp, float), max_size_px=max_size, formats=listed(against, str),
+        names=listed(metrics, str) or comparing.DEFAULT_METRICS, by=by, kept=peers, effort=effort,
+    )  # fmt: skip
     comparing.compare(photos, out, settings, tell)
     click.echo(f"look at {printable(out)}: {out.stat().st_size / 1e6:.1f} MB, needs no other file")

@@ -33,19 +33,11 @@ def evaluate(
     from perco_engine.evaluation import report
 
     settings = evaluation.Settings(
-        folder,
-        out,
-        model,
-        listed(bpp, float),
-        listed(steps, int) or (None,),
-        listed(metrics, str) or evaluation.ALL_METRICS,
-        listed(against, str),
-        limit,
-        captioner,
-        effort,
-        peers,
-        jobs,
-    )
+        folder, out, model,
+        bpp=listed(bpp, float), steps=listed(steps, int) or (None,),
+        metrics=listed(metrics, str) or evaluation.ALL_METRICS, against=listed(against, str), limit=limit,
+        captioner=captioner, effort=effort, peers=peers, jobs=jobs,
+    )  # fmt: skip
     run = evaluation.evaluate(settings, tell)
     click.echo(report.write(run))
     click.echo(f"\nlook at {out / 'summary.md'}")
@@ -89,7 +81,9 @@ def compare_captions(
     """
     from perco_engine.evaluation import captions
 
-    settings = captions.Settings(folder, out, model, listed(bpp, float), captioner, listed(metrics, str), limit)
+    settings = captions.Settings(
+        folder, out, model, bpp=listed(bpp, float), captioner=captioner, metrics=listed(metrics, str), limit=limit
+    )
     click.echo(captions.tabulate(settings, tell))
 
 

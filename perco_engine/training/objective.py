@@ -128,4 +128,6 @@ def noise_levels(scheduler: Any, grid: int | None) -> Tensor:
     sampler.set_timesteps(grid)
     levels: Tensor = sampler.timesteps.long().cpu()
     # Stable Diffusion's steps_offset takes a grid of all levels one beyond the last.
-    return levels - max(0, int(levels.max()) - (scheduler.config.num_train_timesteps - 1))
+    last = scheduler.config.num_train_timesteps - 1
+    shifted: Tensor = levels - max(0, int(levels.max()) - last)
+    return shifted
