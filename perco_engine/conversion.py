@@ -212,8 +212,8 @@ def _problem(path: Path) -> str:
         path.lstat()
     except FileNotFoundError:
         return "there is no such file"
-    except OSError:  # which reading it will tell
-        return ""
+    except OSError:
+        pass  # reading it will tell
     return ""
 
 
