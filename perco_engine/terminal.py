@@ -28,14 +28,14 @@ ANSWER_SECONDS = 2.0
 SIXEL_COLOURS = 256
 
 
-def detect(environment: Mapping[str, str] = os.environ) -> Protocol:
+def detect() -> Protocol:
     """What the terminal at stdin and stdout can show, by the environment, else by asking it; or half blocks.
 
     Inside of tmux and screen the environment is that of the terminal around them, so only the answer counts.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return "blocks"
-    return by_environment(environment) or by_answer(_ask())
+    return by_environment(os.environ) or by_answer(_ask())
 
 
 def by_environment(environment: Mapping[str, str]) -> Protocol | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, FAINT = "#ffffff", "#111111", "#777777"
-MARGIN = 16
+MARGIN, SQUARE_PX = 16, 8
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def samples_sheet(pictures: Sequence[Image.Image], seeds: Sequence[int]) -> Imag
     return contact_sheet([cells[k : k + columns] for k in range(0, len(cells), columns)])
 
 
-def checkerboard(size: tuple[int, int], square_px: int = 8) -> Image.Image:
+def checkerboard(size: tuple[int, int]) -> Image.Image:
     """Grey and white squares, what shows through transparent pixels."""
-    tile = Image.new("RGB", (2 * square_px, 2 * square_px), "#ffffff")
-    for corner in ((0, 0), (square_px, square_px)):
-        tile.paste("#dddddd", (*corner, corner[0] + square_px, corner[1] + square_px))
+    tile = Image.new("RGB", (2 * SQUARE_PX, 2 * SQUARE_PX), "#ffffff")
+    for corner in ((0, 0), (SQUARE_PX, SQUARE_PX)):
+        tile.paste("#dddddd", (*corner, corner[0] + SQUARE_PX, corner[1] + SQUARE_PX))
     board = Image.new("RGB", size)
     for left in range(0, size[0], tile.width):
         for top in range(0, size[1], tile.height):
