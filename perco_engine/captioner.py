@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .bitstream.chunks import MAX_CAPTION_BYTES
-from .devices import BUILDING, best_dtype, cache, usable_device, weights_bytes
+from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
 from .model_folder import progress_bars_off
 from .options import whole_number
@@ -306,7 +306,7 @@ def _fetch(load: Callable[..., Any], model: str | os.PathLike[str], **options: A
         raise ModelUnavailable(f"there is no folder {str(model)!r} with a caption model: name one, or a model's name")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     # A folder is there in no time; what is fetched may take long, keeps nobody waiting, and says how far it is.
-    with BUILDING if folder.is_dir() else nullcontext(), progress_bars_off() if folder.is_dir() else nullcontext():
+    with progress_bars_off() if folder.is_dir() else nullcontext():
         try:
             return load(str(model), local_files_only=offline or folder.is_dir(), **options)
         except Exception as error:  # the libraries raise whatever a wrong file leads them to

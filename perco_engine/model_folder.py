@@ -56,7 +56,7 @@ def load_folder(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
     missing = [name for name, entry in named.items() if is_null(entry) and name not in OPTIONAL]
     if missing:
         raise InvalidModel(f"{folder} names no {', '.join(missing)}; it is not a complete PerCo model")
-    with BUILDING, progress_bars_off():
+    with progress_bars_off():
         loaded = {name: load_component(folder, name, entry, torch_dtype) for name, entry in named.items()}
     if index.get("_class_name") != OUR_PIPELINE:
         loaded["scheduler"] = with_v_prediction(loaded["scheduler"])
@@ -149,12 +149,16 @@ def with_v_prediction(scheduler: Any) -> Any:
 
 @contextmanager
 def progress_bars_off() -> Iterator[None]:
-    """Keeps diffusers and transformers from drawing progress bars while weights are read or written."""
-    drawing = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in drawing:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
+    """Keeps diffusers and transformers from drawing progress bars while weights are read or written.
+
+    One thread at a time (BUILDING), since that is said to the libraries for the whole process.
+    """
+    with BUILDING:
+        drawing = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
         for library in drawing:
-            library.enable_progress_bar()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library in drawing:
+                library.enable_progress_bar()

@@ -87,15 +87,21 @@ def test_it_ends_when_nobody_asks(runtime: Path) -> None:
     assert process.returncode == 0 and not (runtime / "engine.socket").exists()
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may become another user")
-def test_another_user_is_not_answered(runtime: Path) -> None:
-    one = service._Service(60)
+def started(one: service._Service) -> threading.Thread:
+    """The thread of a service that answers."""
     thread = threading.Thread(target=one.serve)
     thread.start()
     end = time.monotonic() + 60
     while service.status() is None:
         assert time.monotonic() < end
         time.sleep(0.01)
+    return thread
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may become another user")
+def test_another_user_is_not_answered(runtime: Path) -> None:
+    one = service._Service(60)
+    thread = started(one)
     (runtime / "engine.socket").chmod(0o777)
     code = (
         "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.chdir(sys.argv[1]); os.setgid(65534); "
@@ -120,12 +126,7 @@ def test_another_user_s_folder_is_not_used(runtime: Path, monkeypatch: pytest.Mo
 def test_a_busy_service_can_be_stopped(runtime: Path, data: bytes) -> None:
     one = service._Service(60)
     one._decoding = service.MAX_DECODES
-    thread = threading.Thread(target=one.serve)
-    thread.start()
-    end = time.monotonic() + 60
-    while service.status() is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    thread = started(one)
     assert service.decode(data) is None
     assert service.stop()
     thread.join()

@@ -284,7 +284,10 @@ def test_curves_and_images_of_tensorboard(whole: Path) -> None:
     assert (first.width, first.height) == (128, 64)
 
 
-def test_the_model_is_one_like_any_other(whole: Path, latent_diffusion: Path, photo: Image.Image) -> None:
+def test_the_model_is_one_like_any_other(
+    whole: Path, latent_diffusion: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERCO_HOME", str(tmp_path))  # other tests have no such checkpoint
     checkpoint = install.import_folder(whole / "run" / "model")
     assert (checkpoint.name, checkpoint.family, checkpoint.bpp) == ("perco-sd-0.0313", "perco-sd", 0.0313)
     assert "_name_or_path" not in "".join(f.read_text() for f in (whole / "run" / "model").rglob("*.json"))
