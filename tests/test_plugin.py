@@ -391,6 +391,7 @@ def test_palettes_with_many_transparent_colours(photo: Image.Image, tiny_model: 
 def exchanged() -> bytes:
     """A colour profile whose red and blue primaries are exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    data[24:36] = bytes(12)  # when it was made, to the second
     tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * data[131], 12)}
     red, blue = (data[tags[name] + 4 : tags[name] + 12] for name in (b"rXYZ", b"bXYZ"))
     data[tags[b"rXYZ"] + 4 : tags[b"rXYZ"] + 12], data[tags[b"bXYZ"] + 4 : tags[b"bXYZ"] + 12] = blue, red
