@@ -7,7 +7,6 @@ all captioners that name the same, and kept within the memory budget of `devices
 
 import os
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from PIL import Image
 from .bitstream.chunks import MAX_CAPTION_BYTES
 from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, ModelUnavailable
+from .locks import Lock
 from .model_folder import progress_bars_off
 from .options import whole_number
 from .pixels import to_rgb
@@ -48,7 +48,7 @@ class _Loaded:
         self.model = model
         self.processor = processor
         self.size_bytes = weights_bytes(model)
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
 
 @dataclass(frozen=True)

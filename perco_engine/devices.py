@@ -3,14 +3,15 @@
 import functools
 import gc
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-BUILDING = threading.RLock()
+from .locks import Lock
+
+BUILDING = Lock(reentrant=True)
 """Held while networks are built: diffusers, accelerate and transformers change torch for the whole process meanwhile,
 and two of them at once would leave it changed."""
 
@@ -88,13 +89,13 @@ class WeightsCache:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self._models: OrderedDict[Hashable, Loaded] = OrderedDict()
-        self._loading: dict[Hashable, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._loading: dict[Hashable, Lock] = {}
+        self._lock = Lock()
 
     def get(self, key: Hashable, load: Callable[[], T]) -> T:
         """The model with this key, which `load` loads on first use; meanwhile other keys are not kept waiting."""
         with self._lock:
-            loading = self._loading.setdefault(key, threading.Lock())
+            loading = self._loading.setdefault(key, Lock())
         with loading:
             with self._lock:
                 found: Any = self._models.get(key)
@@ -138,3 +139,13 @@ def budget_bytes(text: str) -> int:
 
 cache = WeightsCache(budget_bytes(os.environ.get("PERCO_MEMORY_BUDGET") or str(16 << 30)))
 """The process-wide cache.  PERCO_MEMORY_BUDGET is its limit in bytes of weights (default 16 GiB)."""
+
+
+def _in_a_forked_process() -> None:
+    """torch would wait for its threads, which are of the process that forked: one is what its own workers have, too."""
+    if cache.size_bytes:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_process)

@@ -5,7 +5,6 @@ decode   bytes -> container.unpack -> Codes -> PercoPipeline -> images
 """
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from .devices import best_dtype, cache, usable_device, weights_bytes
 from .errors import InvalidModel, LimitExceeded
 from .family import FamilyEngine
 from .fitting import fitted
+from .locks import Lock
 from .memory import Placement, explained
 from .opacity import opacity
 from .options import check_seed, whole_number
@@ -78,12 +78,16 @@ class Engine:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size_bytes = weights_bytes(*networks)
         (placement or Placement()).put(self.pipeline, device)
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @contextmanager
     def at_work(self, doing: str, count: int, size: tuple[int, int]) -> Iterator[None]:
-        """One thread at a time; where memory runs out, NotEnoughMemory says what for (`memory.explained`)."""
-        with self._lock, explained(doing, self.pipeline, count, size):
+        """One thread at a time, in the model's own dtype, whatever a caller's torch.autocast says.
+
+        Where memory runs out, NotEnoughMemory says what for (`memory.explained`).
+        """
+        own_dtype = torch.autocast(self.device.type, enabled=False)
+        with self._lock, own_dtype, explained(doing, self.pipeline, count, size):
             yield
 
     @property

@@ -42,7 +42,7 @@ def write_beside(
     """Writes a file whole or not at all: beside its place first, then renamed.
 
     A file that was there keeps its permissions, and a link its place: what it points to is replaced.  What is no file
-    (a device, a pipe) is not replaced, but written to.
+    (a device, a pipe) is not replaced, but written to.  What is write-protected stays as it is.
     mode: the permissions of the file; None: those that it had, or what the umask leaves of 0666.
     sync: wait until the data are on the disk, so that not even a power cut leaves less than the whole file.
 
@@ -59,6 +59,8 @@ def write_beside(
         if not stat.S_ISREG(there):
             named.write_bytes(data)
             return
+        if not os.access(named, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
         mode = stat.S_IMODE(there) if mode is None else mode
     target = named.resolve()
     # Not the target's own name with something added: that might be longer than a name can be.

@@ -144,7 +144,11 @@ def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = N
     written = io.BytesIO()
     try:
         picture.save(written, kind, **options)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if "data is too long" in str(error):  # of JPEG's segments of 64 KB
+            raise ValueError(
+                f"{error} for {kind}: write another format, such as PNG, or leave the metadata out"
+            ) from error
         if picture.mode != "RGBA":
             raise
         written = io.BytesIO()

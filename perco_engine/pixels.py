@@ -35,12 +35,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in mode RGB, without its opacity.
 
     I;16, and I with values over MOST_OF_8_BITS, as of a PGM of 16 bits, is scaled to 8 bits, and F within 0..1, as of a
-    PFM, too; other I and F are clipped to 0..255, as Pillow does.  LAB goes through its colour profile.
+    PFM, too; other I and F are clipped to 0..255, as Pillow does, and what is no number is 0.  LAB goes through its
+    colour profile.
     """
     if image.mode == "RGB":
         return image
     if image.mode[0] in "IF":
-        values = np.asarray(image)
+        values = np.nan_to_num(np.asarray(image), nan=0)
         if image.mode.startswith("I;16") or (image.mode == "I" and values.size and values.max() > MOST_OF_8_BITS):
             levels = (values.clip(0, 65535).astype(np.uint32) + 128) // 257
         elif image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1:

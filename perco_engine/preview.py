@@ -143,6 +143,7 @@ def previewer(model: weights.Model) -> Previewer:
     return Previewer(model)
 
 
+@np.errstate(under="ignore")  # whatever a caller's np.seterr says
 def render(data: bytes, max_size_px: int) -> Image.Image:
     """A small picture of a .perco file: max_size_px on its longer side, or of its own size where that is less.
 
@@ -158,6 +159,7 @@ def render(data: bytes, max_size_px: int) -> Image.Image:
     return turned(maker.picture(data, width, height, size), header.metadata)[0]
 
 
+@np.errstate(under="ignore")
 def decode(data: bytes, reduction: int, *, allow_truncated: bool = False) -> Image.Image:
     """The picture of a file of the embedded model's kind at 1/reduction (2, 4 or 8) of its size, sides rounded up.
 

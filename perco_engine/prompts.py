@@ -1,12 +1,13 @@
 """Captions as text embeddings, which are kept: the empty one is needed by every guided picture."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .locks import Lock
 
 KEPT = 64
 """Captions that are kept besides the empty one: about 10 MB of embeddings of Stable Diffusion 2.1 in 16 bits."""
@@ -22,7 +23,7 @@ class PromptEmbeddings:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __call__(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Captions to text embeddings (b, tokens, cross_attention_dim); what is over the token limit is cut off.

@@ -211,8 +211,10 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
         raise
     except PercoError as error:
         raise OSError(str(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        raise OSError(f"the networks failed: {error}; reduce the picture, or take another device") from error
+    except MemoryError as error:
+        raise OSError("there is not enough memory to encode this picture: reduce it") from error
+    except RuntimeError as error:
+        raise OSError(f"the picture was not encoded: {error}") from error
 
 
 def _save(image: Image.Image, fp: IO[bytes], filename: str | bytes) -> None:

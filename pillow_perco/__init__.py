@@ -37,4 +37,5 @@ def save(image: Image.Image, path: str | bytes | os.PathLike[str], **options: An
     The picture is encoded first, written beside `path` (or beside what that links to), and renamed onto it.
     Raises what `image.save` would raise.
     """
+    image.load()
     write_beside(path, encode(image, options))

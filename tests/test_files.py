@@ -1,13 +1,16 @@
 """Files are there whole or not at all, and stay what they were besides."""
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import reachable
 
 from perco_engine.files import write_beside
 
@@ -38,6 +41,29 @@ def test_errors_name_the_file_that_was_meant(tmp_path: Path) -> None:
         write_beside(tmp_path, b"new")
     assert folder.value.errno == errno.EISDIR and folder.value.filename == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """As a user whom permissions bind, where the tests are root's."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users with numbers")
+def test_what_is_write_protected_is_not_replaced(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / "x").chmod(0o444)
+    with reachable(tmp_path), as_nobody(), pytest.raises(PermissionError, match="x"):
+        write_beside(tmp_path / "x", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
 
 
 def test_new_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:

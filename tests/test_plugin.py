@@ -4,8 +4,11 @@ import copy
 import gc
 import io
 import multiprocessing
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import opened_size, peak_bytes
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
@@ -92,6 +96,17 @@ def test_grey_of_other_files_keeps_its_range(head: bytes, kind: str, top: int) -
     with Image.open(io.BytesIO(head + ramp.tobytes())) as image:
         levels = np.sort(np.asarray(to_rgb(image)), axis=None)
     assert np.abs(levels[::3] - np.linspace(0, 255, 64 * 64)).max() <= 1
+
+
+def test_what_is_no_number_is_black_and_its_neighbours_are_not() -> None:
+    """As of a depth map that has holes."""
+    ramp = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    whole, holes = to_rgb(Image.fromarray(ramp)), ramp.copy()
+    holes[5, 7] = np.nan
+    levels = np.asarray(to_rgb(Image.fromarray(holes))).copy()
+    assert not levels[5, 7].any()
+    levels[5, 7] = whole.getpixel((7, 5))
+    assert (levels == np.asarray(whole)).all()
 
 
 def test_a_value_beyond_eight_bits_is_clipped() -> None:
@@ -341,6 +356,69 @@ def test_spawned_workers_know_the_format(photo: Image.Image, tmp_path: Path) -> 
     photo.save(path)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_size_in_a_worker, [str(path)]) == [photo.size]
+
+
+FORKED = """
+import multiprocessing, sys, threading
+import torch
+import pillow_perco
+from PIL import Image
+from perco_engine import get_engine
+
+def decoded(path):
+    return Image.open(path).reduce(16).tobytes()
+
+def child(queue):
+    queue.put(decoded(sys.argv[1]))
+
+torch.set_num_threads(2)
+whole = decoded(sys.argv[1])
+queue = multiprocessing.get_context("fork").SimpleQueue()
+engine = get_engine()
+held, free = threading.Event(), threading.Event()
+
+def work():
+    with engine.at_work("decode", 1, (1, 1)):
+        held.set()
+        free.wait()
+
+threading.Thread(target=work).start()
+held.wait()
+process = multiprocessing.get_context("fork").Process(target=child, args=(queue,))
+process.start()
+process.join(60)
+free.set()
+if process.is_alive():
+    queue.put(b"")
+process.kill()
+print(max(abs(a - b) for a, b in zip(queue.get(), whole, strict=True)) <= 1)  # on another number of threads
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_worker_decodes_while_its_parent_does(photo: Image.Image, tmp_path: Path) -> None:
+    """Neither torch's threads nor those that hold a lock are copied along."""
+    path = tmp_path / "x.perco"
+    photo.save(path, effort=0)
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, path]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "True\n"
+
+
+def test_what_a_captioner_says_is_not_taken_for_the_networks(photo: Image.Image) -> None:
+    def busy(_: object) -> list[str]:
+        raise RuntimeError("429: too many requests")
+
+    with pytest.raises(OSError, match="^the picture was not encoded: 429: too many requests$"):
+        saved(photo, captioner=busy)
+
+
+def test_neither_autocast_nor_traps_of_the_caller_change_anything(photo: Image.Image) -> None:
+    plain, whole = saved(photo, effort=0), pixels(opened(saved(photo, effort=0)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert saved(photo, effort=0) == plain
+        assert (pixels(opened(plain)) == whole).all()
+    with np.errstate(all="raise"):
+        opened(plain).thumbnail((48, 32))
 
 
 def test_a_save_that_fails_leaves_nothing_and_destroys_nothing(photo: Image.Image, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Locks that a forked process finds free.
+
+A fork copies the memory of a process, and of its threads the one alone that forks: a lock that another one held is
+copied held, and nobody is left to release it (pthread_atfork(3), "Rationale").
+"""
+
+import os
+import threading
+import weakref
+
+_locks: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+class Lock:
+    """A lock for `with`.  reentrant: the thread that holds it may take it once more."""
+
+    def __init__(self, *, reentrant: bool = False) -> None:
+        self._new = threading.RLock if reentrant else threading.Lock
+        self.renew()
+        _locks.add(self)
+
+    def renew(self) -> None:
+        """Makes it free, whoever held it."""
+        self._held = self._new()
+
+    def __enter__(self) -> None:
+        self._held.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()
+
+
+def _renew_all() -> None:
+    for lock in tuple(_locks):
+        lock.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)
