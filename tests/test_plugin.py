@@ -408,7 +408,7 @@ def test_what_a_captioner_says_is_not_taken_for_the_networks(photo: Image.Image)
     def busy(_: object) -> list[str]:
         raise RuntimeError("429: too many requests")
 
-    with pytest.raises(OSError, match="^the picture was not encoded: 429: too many requests$"):
+    with pytest.raises(OSError, match=r"^the picture was not encoded: 429: too many requests$"):
         saved(photo, captioner=busy)
 
 
