@@ -136,7 +136,8 @@ class Engine:
 
         bpp: nominal bits a pixel of the hyper-latent; the nearest rate point is taken (default: 0.03, or whatever is
             best within max_bytes).
-        max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits.
+        max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits; of a ladder,
+            also with codes that are chosen for fewer bits.
         caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
             One for all pictures, or one for each.
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names
@@ -174,7 +175,7 @@ class Engine:
         captions = choose_captions(caption, captioner, images, self.device)
         blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         files = []
-        for image, indices, text, block in zip(images, self._encoded(images, level), captions, blocks, strict=True):
+        for image, indices, text, block in zip(images, self.indices(images, level), captions, blocks, strict=True):
             codes = Codes(
                 model=self.reference,
                 width_px=image.width,
@@ -196,13 +197,18 @@ class Engine:
             return len(points) - 1
         return rates.nearest(points, bpp)
 
-    def _encoded(self, images: Sequence[Image.Image], level: int) -> list[tuple[NDArray[np.int32], ...]]:
-        """The indices of pictures, as the encoder chooses them: grids (rows, columns) for each, coarse to fine."""
+    def indices(
+        self, images: Sequence[Image.Image], level: int, thrift: float = 1.0
+    ) -> list[tuple[NDArray[np.int32], ...]]:
+        """The indices of pictures, as the encoder chooses them: grids (rows, columns) for each, coarse to fine.
+
+        level: into `rate_points`.  thrift: how many times as much as usual a bit of a ladder's codes costs.
+        """
         found: list[tuple[NDArray[np.int32], ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self.at_work("encode", len(group), images[group[0]].size):
                 batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
-                grids = self.pipeline.encode_image(batch, level, self.prior)
+                grids = self.pipeline.encode_image(batch, level, self.prior, thrift)
             for row, k in enumerate(group):
                 found[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in grids)
         return found

@@ -70,7 +70,7 @@ class FamilyEngine:
         options = {**options, "caption": captions}
         files: dict[int, bytes] = {}
         highest = len(points) - 1 if bpp is None else rates.nearest(points, bpp)
-        free: EncodeOptions = {**options, "max_bytes": None}
+        free: EncodeOptions = {**options, "max_bytes": None, "best_of": 1}
         for point in points[highest:0:-1]:
             tried = [
                 k for k, image in enumerate(images) if k not in files and _least_bytes(point, *image.size) <= max_bytes
@@ -78,7 +78,12 @@ class FamilyEngine:
             if tried:
                 engine = self._at(point)
                 encoded = engine.encode_batch([images[k] for k in tried], **of_members(free, tried, len(images)))
-                files |= {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
+                fitting = {k: data for k, data in zip(tried, encoded, strict=True) if len(data) <= max_bytes}
+                if fitting and options.get("best_of", 1) != 1:
+                    own = of_members(options, list(fitting), len(images))
+                    encoded = engine.encode_batch([images[k] for k in fitting], **own)
+                    fitting = dict(zip(fitting, encoded, strict=True))
+                files |= fitting
         rest = [k for k in range(len(images)) if k not in files]
         if rest:
             engine = self._at(points[0])

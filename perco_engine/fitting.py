@@ -1,6 +1,7 @@
 """What an encoder tries with a picture's first codes, so that the file fits its budget and its picture is near.
 
-first codes ─> fewer levels, a coarser opacity mask, until they fit ─> codes that are searched for ─> a better seed
+    first codes ─> dearer bits, fewer levels, a coarser opacity mask, until they fit ─> codes that are searched for
+                ─> a better seed
 
 What comes later is kept if it fits as well.
 """
@@ -14,14 +15,21 @@ import torch
 from PIL import Image
 
 from . import pixels
-from .codes import Codes
+from .bitstream import read_header
+from .codes import AlphaMask, Codes
 from .errors import BudgetTooSmall, NotEnoughMemory
 from .memory import is_offloaded
 from .models.ladder import HyperLadder
-from .search import search, usual_steps
+from .search import THRIFTS, search, usual_steps
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+MOST_SAVED = 0.5
+"""The share of a stream of indices that the dearest bits may save."""
+
+WORTHWHILE = 1.15
+"""How many times as large a stream must be as that of a level less, to show a better picture in spite of dear bits."""
 
 Fitted = tuple[Codes, bytes]
 """Codes and the file that they make."""
@@ -36,28 +44,63 @@ def fitted(
     """
     kept = _reduced(engine, codes, image, max_bytes)
     kept = _first_that_fits(engine, _searched(engine, kept[0], image, effort), max_bytes) or kept
-    kept = _first_that_fits(engine, _seeded(engine, kept[0], image, best_of), max_bytes) or kept
+    if max_bytes is None or len(kept[1]) < max_bytes:  # for a seed costs a byte
+        kept = _first_that_fits(engine, _seeded(engine, kept[0], image, best_of), max_bytes) or kept
     return kept[1]
 
 
 def _reduced(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int | None) -> Fitted:
-    """The codes, whole or as many levels and as fine an opacity mask as max_bytes allows."""
+    """The codes, whole or with as dear bits, as few levels and as coarse an opacity mask as max_bytes asks for."""
+    if max_bytes is None:
+        return codes, engine.pack(codes)
+    sizes = []
+    for mask in _ever_coarser(codes.alpha, image):
+        for attempt in _ever_smaller(engine, replace(codes, alpha=mask), image, max_bytes):
+            if len(attempt[1]) <= max_bytes:
+                return attempt
+            sizes.append(len(attempt[1]))
+    raise BudgetTooSmall(
+        f"a {image.width}x{image.height} picture with what is to be stored beside it takes at least {min(sizes)} "
+        f"bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, opacity), or reduce the "
+        f"picture"
+    )
+
+
+def _ever_coarser(mask: AlphaMask | None, image: Image.Image) -> Iterator[AlphaMask | None]:
+    """The opacity mask of the picture, then coarser ones."""
+    yield mask
+    if mask is not None:
+        for scale in range(mask.log2_scale + 1, pixels.ALPHA_LOG2_SCALES.stop):
+            yield pixels.alpha_mask(image, scale)
+
+
+def _ever_smaller(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) -> Iterator[Fitted]:
+    """The codes, then those that dearer bits lead to, then the same with a level less, down to the lowest."""
     data = engine.pack(codes)
-    smallest = len(data)
-    while max_bytes is not None and len(data) > max_bytes:
-        if len(codes.indices) > 1:
-            codes = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
-        elif codes.alpha is not None and codes.alpha.log2_scale < pixels.ALPHA_LOG2_SCALES[-1]:
-            codes = replace(codes, alpha=pixels.alpha_mask(image, codes.alpha.log2_scale + 1))
-        else:
-            raise BudgetTooSmall(
-                f"a {image.width}x{image.height} picture with what is to be stored beside it takes at least "
-                f"{smallest} bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, "
-                f"opacity), or reduce the picture"
-            )
-        data = engine.pack(codes)
-        smallest = min(smallest, len(data))
-    return codes, data
+    while True:
+        yield codes, data
+        level, stream_bytes = len(codes.indices) - 1, _stream_bytes(data)
+        within_reach = len(data) - max_bytes <= MOST_SAVED * stream_bytes
+        fewer, least_bytes = codes, 0.0
+        if level > 0:
+            fewer = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
+            data = engine.pack(fewer)
+            least_bytes = WORTHWHILE * _stream_bytes(data)
+        if within_reach and isinstance(engine.pipeline.hyper_enc, HyperLadder):
+            for thrift in THRIFTS:
+                dearer = replace(codes, indices=engine.indices([image], level, thrift)[0])
+                file = engine.pack(dearer)
+                if _stream_bytes(file) < least_bytes:
+                    break
+                yield dearer, file
+        if level == 0:
+            return
+        codes = fewer
+
+
+def _stream_bytes(data: bytes) -> int:
+    """What the indices take in a file."""
+    return read_header(data).sizes_bytes["hyper_latent"]
 
 
 def _searched(engine: "Engine", codes: Codes, image: Image.Image, effort: int | None) -> Iterator[Codes]:

@@ -179,17 +179,21 @@ class PercoPipeline(DiffusionPipeline):
         return F.pad(image, padding, mode="replicate")
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor, level: int | None = None, prior: Prior | None = None) -> tuple[Tensor, ...]:
+    def encode_image(
+        self, image: Tensor, level: int | None = None, prior: Prior | None = None, thrift: float = 1.0
+    ) -> tuple[Tensor, ...]:
         """Pictures (b, 3, h, w) in -1..1 to the indices of their hyper-latent.
 
         level: index into hyper_enc.rate_points; None is the highest.
         prior: what files are written with: a ladder's coarsest codes are then chosen by its bits too (choice.py).
+        thrift: how many times as much as usual a bit of a ladder's codes costs.
 
         Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
         """
         latents = self.encode_latents(image)
         check_finite(latents, "encoder", self.vae)
-        indices = choose(self.hyper_enc, prior, latents.to(self._execution_device, self.hyper_enc.dtype), level)
+        latents = latents.to(self._execution_device, self.hyper_enc.dtype)
+        indices = choose(self.hyper_enc, prior, latents, level, thrift=thrift)
         self.maybe_free_model_hooks()
         return indices
 

@@ -50,7 +50,7 @@ MOMENTUM = 0.6
 THRIFT = 1.3
 """How many times as much as usual a bit costs, so that nearer pictures take no more of them."""
 
-THRIFTS = (THRIFT, 1.6, 2.0, 2.5)
+THRIFTS = (THRIFT, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0)
 """The same for codes that the shifts lead to: as it was while searching, and for budgets that these exceed."""
 
 COLOURS = 20.0

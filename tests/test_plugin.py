@@ -205,10 +205,19 @@ def test_max_bytes_takes_the_best_that_fits(photo: Image.Image) -> None:
     assert sizes == sorted(set(sizes))
     for size in sizes:
         assert len(saved(photo, max_bytes=size)) == size
-    assert len(saved(photo, max_bytes=sizes[2] - 1)) == sizes[1]
+    assert len(saved(photo, max_bytes=sizes[1] + 9)) == sizes[1]
     assert len(saved(photo, max_bytes=10_000, bpp=0.008)) == sizes[1]
     with pytest.raises(ValueError, match=f"at least {sizes[0]} bytes"):
         saved(photo, max_bytes=sizes[0] - 1)
+
+
+def test_a_budget_that_the_usual_codes_exceed_costs_a_few_bits_and_no_rate(photo: Image.Image) -> None:
+    whole, lower = saved(photo, bpp=0.03), saved(photo, bpp=0.008)
+    data = saved(photo, max_bytes=len(whole) - 1)
+    assert len(lower) < len(data) < len(whole)
+    assert opened(data).info["perco"]["rate_point"] == opened(whole).info["perco"]["rate_point"]
+    errors = [np.square(pixels(opened(one)) - np.asarray(photo, float)).mean() for one in (whole, data, lower)]
+    assert errors[1] - errors[0] < (errors[2] - errors[0]) / 4
 
 
 @pytest.mark.parametrize(

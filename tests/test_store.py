@@ -210,6 +210,11 @@ def test_max_bytes_takes_the_best_that_fits(family: Path, photo: Image.Image) ->
         with pytest.raises(ValueError, match="max_bytes"):
             engine.encode(photo, max_bytes=wrong)  # type: ignore[arg-type]
     assert bitstream.read_header(engine.encode(photo, max_bytes=113, caption="a fox")).rate_point == 0
+    turned = photo.rotate(180)
+    plain, seeded = (engine.encode(turned, bpp=0.0313, best_of=count) for count in (1, 6))
+    assert (len(plain), len(seeded)) == (113, 114)
+    for most, file in ((113, plain), (114, seeded)):  # the best seed costs a byte, and never a rate
+        assert engine.encode(turned, max_bytes=most, best_of=6) == file
 
 
 def test_pictures_are_captioned_once_however_many_rates_are_tried(family: Path, photo: Image.Image) -> None:

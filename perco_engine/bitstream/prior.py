@@ -168,7 +168,8 @@ class Prior:
             context = self._context(level, state, rows, columns)
             embedding = self._tensors[f"{level}.embedding"]
             grid = np.zeros((rows, columns), dtype=np.int32)
-            embedded = np.zeros((embedding.shape[1], rows, columns), dtype=np.float32)
+            padded = np.zeros((embedding.shape[1], rows + 4, columns + 4), dtype=np.float32)
+            embedded = padded[:, 2:-2, 2:-2]
             for phase, (row, column) in enumerate(PHASES):
                 across = len(range(column, columns, 2))
                 step = 2 * max(1, CELLS_AT_ONCE // max(1, across))
@@ -177,7 +178,7 @@ class Prior:
                 ]
                 coded = []
                 for cells in parts if across else ():
-                    logits = self._logits(level, phase, context, embedded, cells)
+                    logits = self._logits(level, phase, context, padded, cells)
                     coded.append((cells, code(level, cells, frequencies(logits))))
                 for cells, indices in coded:
                     grid[cells] = indices.reshape(grid[cells].shape)
@@ -207,11 +208,10 @@ class Prior:
         return result
 
     def _logits(
-        self, level: int, phase: int, context: Array, embedded: Array, cells: tuple[slice, slice]
+        self, level: int, phase: int, context: Array, padded: Array, cells: tuple[slice, slice]
     ) -> NDArray[np.int64]:
-        """Logits (n, codebook size) of cells, in 1/256 of a bit."""
+        """Logits (n, codebook size) of cells, in 1/256 of a bit; padded: the embedded indices, two zeros around."""
         part = {name: self._tensors[f"{level}.{name}"] for name in ("near.weight", "context.weight", "middle.weight")}
-        padded = np.pad(embedded, ((0, 0), (2, 2), (2, 2)))
         hidden = part["near.weight"] @ _surroundings(padded, cells, 5)
         hidden += part["context.weight"] @ context[:, *cells].reshape(len(context), -1)
         hidden = _activation(hidden + self._tensors[f"{level}.near.bias"][phase][:, None])
