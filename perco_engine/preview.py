@@ -28,8 +28,8 @@ from .rates import Grid, of_hyper_encoder
 MOST_EXACT_PIXELS = 4 << 20
 """The largest picture whose preview is decoded exactly here: for a larger one, the import of torch pays off."""
 
-MOST_MULTIPLICATIONS = 45e9
-"""What the networks may take in `render` for the whole picture: a little more than a second of one core."""
+MOST_MULTIPLICATIONS = 22e9
+"""What the networks may take in `render` for the whole picture: about a second of one core, and four of a slow one."""
 
 COARSEST = 4
 """Halvings; what is left of the work is little then, whatever the picture's size."""

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from perco_engine import bitstream, get_engine, rates, weights
+from perco_engine.bitstream.prior import Prior
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.thumbnails import uri
 
@@ -92,6 +93,20 @@ def packed(width: int, height: int, level: int, fill: Callable[[tuple[int, int],
     grids = rates.EMBEDDED[level].grids
     indices = tuple(fill(grid.shape(width, height), grid.codebook_size).astype(np.int32) for grid in grids)
     return bitstream.pack(Codes(ModelReference(EMBEDDED_ID), width, height, level, indices), rates.EMBEDDED)
+
+
+def test_twelve_megapixels_as_they_are_saved(tmp_path: Path) -> None:
+    """With the prior, which takes the more memory the more cells it looks at at once."""
+    model = weights.find("embedded")
+    shapes = [grid.shape(4096, 2928) for grid in rates.EMBEDDED[3].grids]
+    codes = Codes(ModelReference(EMBEDDED_ID), 4096, 2928, 3, tuple(np.zeros(shape, np.int32) for shape in shapes))
+    source, target = tmp_path / "x.perco", tmp_path / "x.png"
+    source.write_bytes(bitstream.pack(codes, rates.EMBEDDED, prior=Prior.load(model.folder)))
+    run = thumbnail("-s", "256", source, target)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 200 * 1024
+    with Image.open(target) as picture:
+        assert picture.size == (256, 183)
 
 
 def hostile() -> Iterator[tuple[str, bytes, bool]]:

@@ -53,7 +53,8 @@ SMALLEST_CODEBOOK = 16
 LARGEST_CODEBOOK = 2**15 - 1
 """Above it the floors would leave nothing to share."""
 
-CELLS_AT_ONCE = 8192
+CELLS_AT_ONCE = 2048
+"""Whose logits are computed together: 60 MB of memory."""
 
 Array = NDArray[np.float32]
 
