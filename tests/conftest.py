@@ -1,7 +1,9 @@
 """A tiny real model with random weights, and pictures that no two are alike."""
 
 import json
+import os
 import shutil
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from perco_engine import search, torchac_backend
+from perco_engine import devices, search, torchac_backend
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
 from perco_engine.models.unet import UNet2DConditionModel
@@ -22,6 +24,11 @@ from perco_engine.training.denoising import new_scheduler
 
 PARITY = Path(__file__).parent / "parity"
 PHOTO = Path(__file__).parent.parent / "pillow_perco" / "demo.jpg"
+
+SETTINGS = {
+    "perco_sd_base", "http_proxy", "https_proxy", "all_proxy", "xdg_current_desktop", "columns", "lines", "no_color",
+}  # fmt: skip
+"""Variables of the environment, in lower case, that change what is tested."""
 
 
 def peak_bytes(act: Callable[[], object]) -> int:
@@ -44,15 +51,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing of whoever runs the tests is looked at or changed: their models, thumbnails, their warm engine.
+    """Nothing of whoever runs the tests is looked at or changed: models, thumbnails, a warm engine, settings, a GPU.
 
     (The desktop tests start programs with an environment of their own, in which the temporary folder is the system's.)
     """
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as runtime:
         extensions = torchac_backend._library_path().parent.parent  # which is built once, and kept
+        for name in [name for name in os.environ if name.lower() in SETTINGS]:
+            patch.delenv(name)
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        for name in ("PERCO_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+        for name in ("PERCO_HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp("own")))
+        patch.setenv("XDG_RUNTIME_DIR", runtime)  # as short as a socket's name must be
+        patch.setenv("TERM", "xterm")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(devices, "best_device", lambda: torch.device("cpu"))
+        patch.setattr(devices.cache, "budget_bytes", 16 << 30)
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         yield
 
 

@@ -50,6 +50,7 @@ def test_the_commands_of_the_readme_run(photo: Image.Image, tmp_path: Path, monk
             arguments += ["--times", "1", "--photo", "photo.jpg"]
         result = CliRunner().invoke(main, arguments)
         faults_are_told = arguments == ["desktop", "status"]
+        assert isinstance(result.exception, SystemExit | None), (line, result.output)
         assert result.exit_code == 0 or faults_are_told, (line, result.output)
     assert Path("out.png").exists() and Path("perco-demo.png").exists()
 
