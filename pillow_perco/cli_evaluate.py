@@ -54,7 +54,7 @@ def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | 
     """Find the best JPEG, WebP, AVIF and JPEG XL files of the photos of FOLDER at given rates, and print their means.
 
     The best is searched over scale and quality, for each metric by that metric.  What is kept serves
-    perco evaluate --peers and perco compare --peers too.
+    perco evaluate --peers too, and perco compare --peers where it does not reduce the photos (--max-size).
     """
     from perco_engine.evaluation import metrics as all_metrics
     from perco_engine.evaluation import peers

@@ -77,6 +77,19 @@ def test_one_photo_that_fails_and_none_that_can_be_read(
         captions.compare(settings)
 
 
+def test_an_empty_text_beside_a_photo_is_no_caption(
+    tiny_model: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("a", "an owl"), ("b", " \n"), ("c", "a fence")):
+        photo.resize((64, 48)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    monkeypatch.setattr(captions, "get_captioner", lambda *_: lambda images: pytest.fail("the captioner was asked"))
+    told: list[str] = []
+    settings = captions.Settings(tmp_path, tmp_path / "out", str(tiny_model), (0.001,), metrics=("psnr",))
+    assert [one.photo for one in captions.compare(settings, told.append)] == ["a.png", "c.png"]
+    assert "b.png: left out, it has no caption" in told
+
+
 def test_the_command(tiny_model: Path, photo: Image.Image, tmp_path: Path) -> None:
     """By PSNR; the tiny model reads no text, so that nothing is ahead of anything."""
     for name, text in (("a", "a barn owl"), ("b", "a fence")):

@@ -1,6 +1,7 @@
 """The best classical file in so many bytes: found as an exhaustive search finds it, kept, and cheap for other bytes."""
 
 import io
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from perco_engine.evaluation import classical, classical_search, metrics
+from perco_engine.errors import EvaluationError
+from perco_engine.evaluation import classical, classical_search, metrics, peers
 from perco_engine.evaluation.classical_search import Search, Task
 from perco_engine.evaluation.photo_folder import Photo, find_photos
 from pillow_perco.cli import main
@@ -21,11 +23,6 @@ def folder(photo: Image.Image, tmp_path: Path) -> Path:
     path.mkdir()
     photo.save(path / "a.png")
     return path
-
-
-@pytest.fixture
-def found(folder: Path, tmp_path: Path) -> Photo:
-    return find_photos(folder, tmp_path / "kept")[0]
 
 
 def every_file(photo: Image.Image, name: str) -> list[tuple[float, int, float, int]]:
@@ -44,10 +41,10 @@ def every_file(photo: Image.Image, name: str) -> list[tuple[float, int, float, i
 
 
 @pytest.mark.parametrize(("name", "budgets"), [("webp", [150, 400, 2000]), ("jpeg", [450, 900, 3000])])
-def test_the_best_file(name: str, budgets: list[int], photo: Image.Image, found: Photo, tmp_path: Path) -> None:
+def test_the_best_file(name: str, budgets: list[int], photo: Image.Image, tmp_path: Path) -> None:
     codec, versions = classical.CODECS[name], classical.available([name])[0]
     judges = metrics.load(["psnr"], torch.device("cpu"))[0]
-    tried = Search(tmp_path / "kept", found, versions).run(photo, codec, budgets, judges)
+    tried = Search(tmp_path / "kept", photo, versions).run(codec, budgets, judges)
     files = every_file(photo, name)
     scored = [one for one in tried if one.scores]
     assert len(scored) < 40 and len(tried) < 250 < len(files) / 4
@@ -63,9 +60,7 @@ def test_the_best_file(name: str, budgets: list[int], photo: Image.Image, found:
     assert classical.best(tried, 20, "psnr") is None
 
 
-def test_what_was_tried_is_kept(
-    photo: Image.Image, found: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_tried_is_kept(photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, versions = classical.CODECS["webp"], classical.available(["webp"])[0]
     asked: list[str] = []
 
@@ -77,33 +72,60 @@ def test_what_was_tried_is_kept(
         return score
 
     judges = {"psnr": counting}
-    tried = Search(tmp_path, found, versions).run(photo, codec, [150, 300, 600, 1200], judges)
-    path = tmp_path / f"{found.sha256}.jsonl"
+    tried = Search(tmp_path, photo, versions).run(codec, [150, 300, 600, 1200], judges)
+    (path,) = tmp_path.iterdir()
     before = path.read_bytes()
     cold = len(asked)
     with monkeypatch.context() as patch:
         patch.setattr(classical.Codec, "encode", None)
-        assert Search(tmp_path, found, versions).run(photo, codec, [150, 1200], judges) == tried
+        assert Search(tmp_path, photo, versions).run(codec, [150, 1200], judges) == tried
     assert len(asked) == cold and path.read_bytes() == before
     # other budgets cost little, and find what is found from nothing
-    other = Search(tmp_path, found, versions).run(photo, codec, [180, 400, 900], judges)
+    other = Search(tmp_path, photo, versions).run(codec, [180, 400, 900], judges)
     assert len(asked) - cold <= cold / 2
-    fresh = Search(tmp_path / "fresh", found, versions).run(photo, codec, [180, 400, 900], judges)
+    fresh = Search(tmp_path / "fresh", photo, versions).run(codec, [180, 400, 900], judges)
     for budget in (180, 400, 900):
         one, same = (classical.best(files, budget, "psnr") for files in (other, fresh))
         assert one is not None and same is not None and one.scores["psnr"] >= same.scores["psnr"] - 0.05
     # another version of the codec writes other files
-    assert Search(tmp_path, found, {"webp": "99"}).candidates("webp") == []
+    assert Search(tmp_path, photo, {"webp": "99"}).candidates("webp") == []
     # a metric that came later is measured of few of them
-    last = Search(tmp_path, found, versions).run(photo, codec, [600], {"psnr": counting, "lite0": counting})
+    last = Search(tmp_path, photo, versions).run(codec, [600], {"psnr": counting, "lite0": counting})
     assert 3 <= sum("lite0" in one.scores for one in last) <= 12
     assert {(one.scale, one.quality) for one in other} <= {(one.scale, one.quality) for one in last}
 
 
-def test_a_metric_that_is_not_defined_is_not_measured(found: Photo, photo: Image.Image, tmp_path: Path) -> None:
+def test_what_is_kept_is_of_the_pixels_and_not_of_their_file(
+    folder: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which another release may read otherwise, and which may be written anew."""
+    monkeypatch.setattr(classical, "SCALES", (1, 4))
+    kept, read = tmp_path / "kept", Photo.read
+    peers.tabulate(folder, kept, [0.2], ["webp"], ["psnr"])
+    photo.save(folder / "a.png", compress_level=0)
+    peers.tabulate(folder, kept, [0.2], ["webp"], ["psnr"])
+    assert len(list(kept.iterdir())) == 1
+    monkeypatch.setattr(Photo, "read", lambda self: read(self).transpose(Image.Transpose.ROTATE_180))
+    peers.tabulate(folder, kept, [0.2], ["webp"], ["psnr"])
+    assert len(list(kept.iterdir())) == 2
+    upended = Image.frombytes("RGB", (photo.height, photo.width), photo.tobytes())
+    assert classical_search.digest(upended) != classical_search.digest(photo)
+
+
+def test_a_process_that_was_ended_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object) -> None:
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(classical_search, "ProcessPoolExecutor", ended)
+    Image.new("RGB", (9, 9)).save(folder / "b.jpg")
+    with pytest.raises(EvaluationError, match=r"was ended, likely for want of memory: take fewer --jobs; .* is kept"):
+        peers.tabulate(folder, tmp_path / "kept", [1], ["webp"], ["psnr"], jobs=2)
+
+
+def test_a_metric_that_is_not_defined_is_not_measured(photo: Image.Image, tmp_path: Path) -> None:
     judge: metrics.Judge = lambda original: lambda decoded: 1.0  # noqa: E731
     versions = classical.available(["webp"])[0]
-    tried = Search(tmp_path, found, versions).run(photo, classical.CODECS["webp"], [300], {"ms_ssim": judge})
+    tried = Search(tmp_path, photo, versions).run(classical.CODECS["webp"], [300], {"ms_ssim": judge})
     assert all(not one.scores for one in tried) and classical.best(tried, 300, "ms_ssim") is None
 
 
@@ -144,17 +166,16 @@ def test_formats_are_tried_at_sizes_that_they_take(tmp_path: Path) -> None:
     sizes = [(16384, 16), (65501, 16), (70000, 16), (16383, 16)]
     least = {name: [classical.CODECS[name].scales(size)[0] for size in sizes] for name in ("webp", "jpeg", "avif")}
     assert least == {"webp": [1.5, 4, 6, 1], "jpeg": [1, 1.5, 1.5, 1], "avif": [1, 1, 1.5, 1]}
-    Image.new("RGB", (16390, 8)).save(tmp_path / "wide.png")
-    photo, (versions, _) = find_photos(tmp_path, tmp_path / "x")[0], classical.available(["webp"])
+    photo, versions = Image.new("RGB", (16390, 8)), classical.available(["webp"])[0]
     judges = metrics.load(["psnr"], torch.device("cpu"))[0]
-    tried = Search(tmp_path / "kept", photo, versions).run(photo.read(), classical.CODECS["webp"], [3000], judges)
+    tried = Search(tmp_path / "kept", photo, versions).run(classical.CODECS["webp"], [3000], judges)
     assert tried and min(one.scale for one in tried) == 1.5
 
 
-def test_photos_of_the_same_bytes_are_searched_one_after_the_other(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_photos_of_the_same_pixels_are_searched_one_after_the_other(
+    folder: Path, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "b.png").write_bytes((folder / "a.png").read_bytes())
+    photo.save(folder / "b.png", compress_level=0)
     photos, given = find_photos(folder, tmp_path / "kept"), list[list[str]]()
     monkeypatch.setattr(
         classical_search, "_search", lambda tasks: given.append([t.photo.name for t in tasks]) or ["told"] * len(tasks)

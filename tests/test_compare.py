@@ -14,7 +14,7 @@ from PIL import Image
 
 from perco_engine import get_engine
 from perco_engine.errors import EvaluationError
-from perco_engine.evaluation import classical, compare, metrics
+from perco_engine.evaluation import classical, classical_search, compare, metrics
 from pillow_perco.cli import main
 
 
@@ -86,7 +86,8 @@ def test_the_page(paths: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     best = max(cell.scores["psnr"] for cell in first.rows[1].cells if isinstance(cell, compare.Shown) and cell.scores)
     assert f"<dd class=best>{best:.2f}</dd>" in page.text
     # what is kept of a reduced photo is not mixed with the photo's own
-    assert sorted(len(path.stem) for path in (tmp_path / "kept").iterdir()) == [64, 64 + len("-128x192")]
+    shown = {classical_search.digest(one.original.picture) for one in (first, tall)}
+    assert {path.stem for path in (tmp_path / "kept").iterdir()} == shown and len(shown) == 2
 
 
 def test_without_the_optional_packages(
@@ -114,6 +115,20 @@ def test_what_is_no_photo_is_told_before_anything_is_done(tmp_path: Path, paths:
     with pytest.raises(ValueError, match="'gif' is none of jpeg"):
         compare.compare(paths, tmp_path / "page.html", compare.Settings(formats=("gif",)))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_takes_no_photos_place(paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = paths[0].read_bytes()
+    (tmp_path / "page.html").symlink_to(paths[0])
+    monkeypatch.setattr(compare, "photo_at", lambda _: pytest.fail("a photo was read before that was seen"))
+    for out, told in (
+        (paths[0], "would take the place of the photo"),
+        (tmp_path / "page.html", "would take the place of the photo"),
+        (tmp_path / "other.png", r"other\.png is not named like one: end its name in \.html"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            compare.compare(paths, out)
+    assert paths[0].read_bytes() == before
 
 
 def test_by_any_metric_into_a_new_folder(paths: list[Path], tiny_model: Path, tmp_path: Path) -> None:

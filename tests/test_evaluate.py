@@ -86,6 +86,19 @@ def test_patches_come_from_two_grids() -> None:
     assert list(distributions.patches(Image.new("RGB", (255, 400)))) == []
 
 
+def test_small_pictures_are_left_out_of_sets() -> None:
+    taken: list[int] = []
+
+    def network(picture: Image.Image) -> distributions.Features:
+        taken.append(picture.height)
+        return np.zeros(2)
+
+    pictures = [Image.new("RGB", (60, height)) for height in (3, 31, 32, 200)]
+    found = distributions.extract(network, distributions.SET_METRICS["lite2_kid"], pictures)
+    assert taken == [32, 200] and found.shape == (2, 2)
+    assert distributions.extract(network, distributions.SET_METRICS["kid"], pictures).shape == (4, 2)
+
+
 def test_what_is_written_down(settings: Settings) -> None:
     run = evaluate(settings)
     assert [photo.name for photo in run.photos] == ["a.png", "more/b.png"]
@@ -237,9 +250,36 @@ def test_photos_of_a_folder(folder: Path, photo: Image.Image) -> None:
     assert [p.place for p in found] == ["a.jpg", "a.png", "broken", "more/b"]
     assert found[0].read().size == (128, 192)
     assert [p.name for p in find_photos(folder, out, 2)] == ["a.jpg", "a.png"]
+    (folder / "empty").mkdir()
     with pytest.raises(EvaluationError, match="no picture in"):
-        find_photos(out, out)
+        find_photos(folder / "empty", out)
     assert [p.name for p in find_photos(folder / "more", folder)] == ["b.png"]  # results beside the photos' folder
+
+
+@pytest.mark.parametrize("options", [["evaluate", "--out"], ["captions", "--out"], ["peers", "--bpp", "1", "--keep"]])
+def test_results_among_the_photos_are_refused(options: list[str], settings: Settings) -> None:
+    if options[0] != "peers":
+        options = [options[0], "--model", settings.model, *options[1:]]
+    result = CliRunner().invoke(main, [*options, str(settings.folder), str(settings.folder)])
+    assert result.exit_code == 1 and "the results need a folder of their own" in result.output
+
+
+def test_steps_that_are_named_twice_are_done_once(settings: Settings) -> None:
+    run = evaluate(replace(settings, steps=(2, 0, 2)))
+    assert run.settings.steps == (2, 0) and len(lines(run)) == len(report.rows(run)) * 2 == 8
+
+
+def test_a_report_keeps_nothing_of_one_before(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither classical files that are no longer asked for, nor plots."""
+    monkeypatch.setattr(classical, "SCALES", (1, 4))
+    monkeypatch.setattr(report.plots, "figure", lambda *_: {"svg": b"<svg/>"})
+    wanted = replace(settings, bpp=(1.0,), steps=(0,), against=("webp",))
+    report.write(evaluate(wanted))
+    assert (settings.out / "against.jsonl").exists()
+    (settings.out / "plots" / "kid.svg").touch()
+    report.write(evaluate(replace(wanted, against=())))
+    assert not (settings.out / "against.jsonl").exists()
+    assert [path.name for path in (settings.out / "plots").iterdir()] == ["psnr.svg"]
 
 
 def test_published_numbers_belong_to_metrics_and_rise_with_the_rate() -> None:

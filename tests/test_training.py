@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -304,21 +307,34 @@ def test_the_model_is_one_like_any_other(
         assert old == new
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from perco_engine.training.objective import PercoObjective
+from perco_engine.training.train import train
+
+forward = PercoObjective.forward
+
+def killed(*given):
+    if Path(sys.argv[2]).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*given)
+
+PercoObjective.forward = killed
+train(Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     whole: Path, latent_diffusion: Path, eight: Path, tmp_path: Path
 ) -> None:
     """Killed after the checkpoint of step 4, while it computes, so that a half-written log is there as well."""
     config = write_everything(tmp_path, latent_diffusion, eight)
-    command = [sys.executable, "-m", "pillow_perco.cli", "train", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
-    while not checkpoint.exists():
-        assert process.poll() is None, process.stdout and process.stdout.read().decode()
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model").exists()
+    process = subprocess.run([sys.executable, "-c", KILLED, str(config), str(checkpoint)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert not (tmp_path / "run" / "model").exists()
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"step": 5, "loss": 7}\n{"step": 6, "lo')
     told: list[str] = []
@@ -436,19 +452,25 @@ def test_checkpoints_are_the_folders_that_a_run_names(tmp_path: Path) -> None:
 
 
 def test_what_is_set_anew_holds_when_a_run_goes_on(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
-    """The rate, which the checkpoint's schedule has, and how many batches make a step, which accelerate counts."""
+    """The rate, which a checkpoint's schedule has; how many batches make a step, which accelerate counts; the mean."""
     options: dict[str, Any] = {"steps": 3, "batch_size": 6, "micro_batch_size": 2}
-    train(write_settings(tmp_path, latent_diffusion, eight, optimizer=options), lambda text: None)
+    compute = {"ema_decay": 0.9}
+    train(write_settings(tmp_path, latent_diffusion, eight, optimizer=options, compute=compute), lambda text: None)
     options |= {"steps": 5, "micro_batch_size": 1, "learning_rate": 1e-5, "weight_decay": 0.0}
-    config = write_settings(tmp_path, latent_diffusion, eight, optimizer=options)
+    config = write_settings(tmp_path, latent_diffusion, eight, optimizer=options, compute={"ema_decay": 0.01})
     seen: list[tuple[float, float, int]] = []
+    decays: list[float] = []
     step, count = torch.optim.AdamW.step, 0
 
     def watched(self: Any, *given: Any, **named: Any) -> Any:
         seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"], count))
         return step(self, *given, **named)
 
-    forward = PercoObjective.forward
+    def averaged(self: Any, weights: Any) -> None:
+        follow(self, weights)
+        decays.append(self.cur_decay_value)
+
+    forward, follow = PercoObjective.forward, EMAModel.step
 
     def counted(*given: Any) -> Any:
         nonlocal count
@@ -458,8 +480,52 @@ def test_what_is_set_anew_holds_when_a_run_goes_on(latent_diffusion: Path, eight
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", watched)
         patch.setattr(PercoObjective, "forward", counted)
+        patch.setattr(EMAModel, "step", averaged)
         train(config, lambda text: None)
     assert seen == [(1e-5, 0.0, 6), (1e-5, 0.0, 12)]
+    assert decays == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("text", "tables", "told"),
+    [
+        ("seed = 3", {"objective": {"prediction": "epsilon"}}, "objective.prediction 'v_prediction' there, 'epsilon'"),
+        ("seed = 3", {"learn": {"scope": "linear"}}, "learn {'scope': 'all', "),
+        ("seed = 3", {"model.hyper_encoder": {"bpp": 0.0098}}, "model.hyper_encoder {'bpp': 0.0313, "),
+        ("seed = 3", {"model": {"base": str(BASE)}}, "model.base 'latent-diffusion' there, 'pipeline' now"),
+        ("seed = 3", {"data": {"held_out": 0.5}}, "data '8 names, "),
+        ("seed = 4", {}, "(seed 3 there, 4 now): put them back, or name another folder in run"),
+        ("seed = 3", {}, "nothing is other"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_was_begun_with(
+    text: str, tables: dict[str, Any], told: str, whole: Path, latent_diffusion: Path, eight: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wherever its folder and the photos lie; other things than these may change; a run of before notes none."""
+
+    def load(*_: Any) -> None:
+        raise InvalidSettings("nothing is other")
+
+    monkeypatch.setattr(networks, "load", load)
+    (tmp_path / "run").mkdir()
+    note = Path(shutil.copy(whole / "run" / "begun.json", tmp_path / "run"))
+    photos = shutil.copytree(eight, tmp_path / "elsewhere")
+    config = write_settings(tmp_path, latent_diffusion, photos, text, optimizer={"learning_rate": 1.0}, **tables)
+    with pytest.raises(InvalidSettings, match=re.escape(told)):
+        train(config, lambda text: None)
+    note.unlink()
+    with pytest.raises(InvalidSettings, match="nothing is other"):
+        train(config, lambda text: None)
+
+
+def test_a_run_of_before_goes_on_without_a_note(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    """Which could be one of settings that are wrong."""
+    config = write_settings(tmp_path, latent_diffusion, eight, optimizer={"steps": 1})
+    train(config, lambda text: None)
+    (tmp_path / "run" / "begun.json").unlink()
+    train(config, lambda text: None)
+    assert not (tmp_path / "run" / "begun.json").exists()
 
 
 def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(
@@ -547,6 +613,29 @@ def test_lpips_by_its_definition_and_its_slope_at_zero() -> None:
     assert dark.grad is not None and dark.grad.isfinite().all()
 
 
+def with_package(folder: Path, patch: pytest.MonkeyPatch, linear: dict[str, Any]) -> None:
+    """Puts LPIPS' own weights where the package lpips, whether or not it is installed, is found to be."""
+    (folder / "weights" / "v0.1").mkdir(parents=True)
+    torch.save(linear, folder / "weights" / "v0.1" / "vgg.pth")
+    patch.setattr(lpips, "find_spec", lambda name: SimpleNamespace(origin=str(folder / "__init__.py")))
+
+
+def test_lpips_weights_that_were_saved_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those in the package are; and what is said of damaged ones."""
+    vgg, linear = random_vgg()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: vgg)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        with_package(tmp_path / "lpips", monkeypatch, linear)
+    found = lpips.load(None)
+    assert found.linear0.device.type == "cpu" and torch.equal(found.linear4, linear["lin4.model.1.weight"])
+    (tmp_path / "lpips" / "weights" / "v0.1" / "vgg.pth").write_bytes(b"damaged")
+    with pytest.raises(
+        InvalidSettings, match=r"(?s)vgg\.pth does not hold LPIPS' weights .*: install the package anew"
+    ):
+        lpips.load(None)
+
+
 @pytest.mark.slow
 def test_lpips_is_in_the_loss_of_high_rates_and_its_weights_are_asked_for(
     latent_diffusion: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -554,16 +643,18 @@ def test_lpips_is_in_the_loss_of_high_rates_and_its_weights_are_asked_for(
     monkeypatch.setattr(
         torch.hub, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(OSError("no net"))
     )
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where no weights of VGG-16 are kept
+    monkeypatch.setattr(lpips, "find_spec", lambda name: None)
     high = {"bpp": 0.0937}
     config = write_settings(tmp_path, latent_diffusion, eight, **{"model.hyper_encoder": high})
-    with pytest.raises(InvalidSettings, match=r"objective\.lpips_weight: LPIPS is not available.*lpips_weight = 0"):
+    missing = r"objective\.lpips_weight: LPIPS is not available.*{}.*lpips_weight = 0"
+    with pytest.raises(InvalidSettings, match=missing.format("pip install --no-deps lpips")):
         train(config, lambda text: None)
     vgg, linear = random_vgg()
     torch.save(vgg, tmp_path / "vgg.pth")
-    (tmp_path / "lpips" / "weights" / "v0.1").mkdir(parents=True)
-    (tmp_path / "lpips" / "__init__.py").touch()
-    torch.save(linear, tmp_path / "lpips" / "weights" / "v0.1" / "vgg.pth")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    with_package(tmp_path / "lpips", monkeypatch, linear)
+    with pytest.raises(InvalidSettings, match=missing.format("no net")):
+        train(config, lambda text: None)
     config = write_settings(
         tmp_path, latent_diffusion, eight, **{"model.hyper_encoder": high},
         objective={"lpips_vgg": str(tmp_path / "vgg.pth")}, optimizer={"steps": 2},
@@ -641,9 +732,10 @@ def test_several_processes_that_are_told_to_stop_write_a_checkpoint(
     while not (log.exists() and log.stat().st_size):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 3  # torch's launcher is one of them
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and "stopped: the same command goes on" in told
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/optimizer.bin"))
-    running = subprocess.run(["pgrep", "-f", str(config)], capture_output=True, text=True, check=False).stdout
-    assert running == ""
+    assert psutil.wait_procs(workers, timeout=10)[1] == []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import peak_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -337,7 +338,24 @@ def test_a_stream_without_any_picture_ends(tmp_path: Path) -> None:
 def test_cells_of_several_lines(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('file,caption\na,"a dog on\nthe grass"\nb,one\u2028two\n', encoding="utf-8")
     rows = read_table(tmp_path / "x.csv", "captions.table", ("file", "caption"))
-    assert [row["caption"] for row in rows] == ["a dog on\nthe grass", "one\u2028two"]
+    assert [caption for _, caption in rows] == ["a dog on\nthe grass", "one\u2028two"]
+
+
+def test_rows_that_are_short_or_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\ufefffile,kind,caption\na,b,c\n\nd\n", encoding="utf-8")
+    assert list(read_table(tmp_path / "x.csv", "captions.table", ("caption", "file"))) == [("c", "a"), ("", "d")]
+
+
+def test_a_long_list_is_not_held_in_memory(tmp_path: Path) -> None:
+    """Open Images' has nine million rows, most of which are addresses."""
+    address = "x" * 1000
+    with (tmp_path / "list.csv").open("w") as file:
+        file.write("ImageID,Subset,OriginalURL\n")
+        file.writelines(f"{number:016x},train,{address}\n" for number in range(4000))
+    data = OpenImagesData(source="open-images", folder=tmp_path, image_list=tmp_path / "list.csv")
+    names: list[str] = []
+    assert peak_bytes(lambda: names.extend(open_source(data, "train").names)) < 2_000_000
+    assert len(names) == 4000 and names[10] == "000000000000000a.jpg"
 
 
 @pytest.mark.parametrize("written", ["deep/a.png", "deep/a", "a"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def test_all_stages_give_a_model(whole: Path, photo: Image.Image) -> None:
     assert not any("_name_or_path" in file.read_text() for file in (whole / "model").glob("*/config.json"))
     for stage in STAGES:
         assert [line["step"] for line in read_log(whole / stage)] == list(range(1, 6 if stage == "joint" else 4))
-    assert list(json.loads((whole / "autoencoder" / "skipped.json").read_text())) == ["bad.png"]
+    for stage in ("autoencoder", "ladder"):
+        assert list(json.loads((whole / stage / "skipped.json").read_text())) == ["bad.png"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -125,6 +127,8 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
     for later in (tmp_path / "run" / stage / "checkpoints").glob("step-0000000[3-9]"):
         shutil.rmtree(later)
     shutil.copy(whole / stage / "log.jsonl", tmp_path / "run" / stage)
+    if stage == "text":
+        shutil.copytree(whole / stage / "beginning", tmp_path / "run" / stage / "beginning")
     (tmp_path / "run" / stage / "checkpoints" / "step-00000003.partial").mkdir()  # it was being written
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:  # what comes after the stage is another test's matter
@@ -137,6 +141,64 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
     assert read_log(tmp_path / "run" / stage) == read_log(whole / stage)
     for file in (whole / stage / "finished").rglob("*.safetensors"):
         assert (tmp_path / "run" / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gone", "change", "told", "stale"),
+    [
+        ("ladder", ("", ""), "joint: networks of ladder '.{12}' there, 'yet to be made' now", STAGES[2:]),
+        ("joint/finished", ("", ""), "than there are now .text: networks of joint", STAGES[3:]),
+        ("text", ("", ""), "goes on", ()),
+        ("none", ("steps = 5", "steps = 6"), "joint: steps 5 there, 6 now; text: networks of joint", STAGES[2:]),
+        ("none", ("sample", "seed = 1\nsample"), "autoencoder: seed 0 there, 1 now", STAGES),
+        ("none", ("start = .*", ""), "autoencoder: start '.{12}' there, None now", STAGES),
+    ],
+)
+def test_stages_of_other_networks_or_settings_are_not_mixed(
+    gone: str, change: tuple[str, str], told: str, stale: tuple[StageName, ...], whole: Path, photos: Path,
+    beginning: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is said of a finished run where the folder of a stage is deleted, or its settings change."""
+
+    def trained(run: Any) -> None:
+        raise TrainingError("goes on")
+
+    monkeypatch.setattr(embedded, "TRAIN", dict.fromkeys(STAGES, trained))
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / gone, ignore_errors=True)
+    config = write_settings(tmp_path, photos, beginning)
+    config.write_text(re.sub(*change, config.read_text()))
+    with pytest.raises(TrainingError, match=told) as error:
+        train(config, lambda text: None)
+    folders = ", ".join(str(tmp_path / "run" / name) for name in stale)
+    assert not stale or f"put them back, or delete {folders}, to do these stages again" in str(error.value)
+
+
+def test_a_finished_run_is_finished(whole: Path, photos: Path, beginning: Path, tmp_path: Path) -> None:
+    """Also elsewhere, where stages that others need no more were deleted, and as one of before that notes nothing."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(beginning, tmp_path / "start")
+    config = write_settings(tmp_path, photos, tmp_path / "start")
+    told: list[str] = []
+    train(config, told.append)
+    assert told == [f"{stage}: is done" for stage in STAGES]
+    for name in ("autoencoder", "ladder"):
+        shutil.rmtree(tmp_path / "run" / name)
+    config.write_text('stages = ["joint", "text", "prior"]\n' + config.read_text())
+    train(config, told.append)
+    for note in (tmp_path / "run").rglob("begun.json"):
+        note.unlink()
+    config.write_text("seed = 1\n" + config.read_text())
+    assert train(config, told.append) == tmp_path / "run" / "model" and len(told) == 5 + 3 + 3
+
+
+def test_a_run_of_another_recipe_is_left_alone(whole: Path, photos: Path, beginning: Path, tmp_path: Path) -> None:
+    assert json.loads((whole / "begun.json").read_text()) == {"recipe": "embedded"}
+    config = write_settings(tmp_path, photos, beginning)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "begun.json").write_text('{"recipe": "perco-sd", "seed": 0}')
+    with pytest.raises(InvalidSettings, match=r"begun with other settings .recipe 'perco-sd' there, 'embedded' now"):
+        train(config, lambda text: None)
 
 
 def test_codebooks_hold_still_while_what_is_around_them_learns(photos: Path, beginning: Path, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ def test_any_text_has_tokens(tokenizer: object, caption: str) -> None:
     assert told.replace(" ", "") == normalize("NFC", caption).lower().replace(" ", "")
 
 
+def test_the_same_texts_give_the_same_tokens() -> None:
+    """Though many of their merges are of equal count."""
+    assert len({new_tokenizer([], labels(), 1000).backend_tokenizer.to_str() for _ in range(3)}) == 1
+
+
 def test_words_of_the_classes_are_tokens(tokenizer: object) -> None:
     assert tokenizer.tokenize("Great grey owl") == ["great</w>", "grey</w>", "owl</w>"]
 

@@ -1,7 +1,7 @@
 """The bytes of a .perco file, as FORMAT.md specifies them.
 
-    container ──> header ──> chunks ──> compression        bytes <-> texts, numbers and streams of bytes
-        └───────> alpha, entropy                           streams of bytes <-> numpy arrays
+    container ──> header ──> fields, chunks ──> compression    bytes <-> texts, numbers and streams of bytes
+        └───────> alpha, prior, entropy                        streams of bytes <-> numpy arrays
 
 Nothing here imports torch.  Importing this package and `read_header` take the standard library alone (and brotli, for a
 file that uses it), so that a file can be opened without numpy; `pack`, `unpack` and `unpack_partial` import numpy when

@@ -95,7 +95,13 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
             why = f"cannot be read: {error}"
             tell(f"{printable(photo.name)}: left out, {why}")
             continue
-        photos.append((photo, caption or caption_pictures(captioner, [image])[0]))
+        if caption is None:
+            (caption,) = caption_pictures(captioner, [image])
+        if not caption:
+            why = "it has no caption"
+            tell(f"{printable(photo.name)}: left out, {why}")
+            continue
+        photos.append((photo, caption))
     if not photos:
         raise EvaluationError(f"no photo of {settings.folder} could be compared: {why}")
     found: list[Found] = []

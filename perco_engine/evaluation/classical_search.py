@@ -7,9 +7,11 @@ again, so the best scale is climbed to; what was scored nearby tells where to be
 (codec, scale, quality): other budgets, as those of another model, cost a few files each.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import EvaluationError
 from ..printable import printable
 from . import metrics
 from .classical import CODECS, HIGHEST_QUALITY, Candidate, Codec, available, show
@@ -34,33 +37,36 @@ MOST_RATIO = 2.0
 class Search:
     """The classical files of one photo that were tried, and what was found; kept in a file of JSON lines.
 
-    folder: of the files that are kept, one for each content of a photo.
+    folder: of the files that are kept, one for the pixels of each photo.  photo: RGB.
     versions: of each codec, as `available` gives them; what another version wrote is not looked at.
     """
 
-    def __init__(self, folder: Path, photo: Photo, versions: Mapping[str, str]) -> None:
-        self._versions = versions
-        self._lines = Lines(folder / f"{photo.sha256}.jsonl", _key)
+    def __init__(self, folder: Path, photo: Image.Image, versions: Mapping[str, str]) -> None:
+        self._photo, self._versions = photo, versions
+        self._lines = Lines(folder / f"{digest(photo)}.jsonl", _key)
 
     def candidates(self, codec: str) -> list[Candidate]:
         """Every file of this codec that was tried."""
         return [_candidate(line) for line in self._lines if _key(line)[:2] == (codec, self._versions[codec])]
 
-    def run(
-        self, photo: Image.Image, codec: Codec, budgets_bytes: Iterable[int], judges: Mapping[str, Judge]
-    ) -> list[Candidate]:
+    def run(self, codec: Codec, budgets_bytes: Iterable[int], judges: Mapping[str, Judge]) -> list[Candidate]:
         """Tries scales and qualities until the best file of each budget is known in each metric; returns all files.
 
-        What an earlier run has done is not done again.  photo: RGB.
+        What an earlier run has done is not done again.
         """
-        trials = _Trials(photo, codec, self._versions[codec.name], self._lines, judges)
+        trials = _Trials(self._photo, codec, self._versions[codec.name], self._lines, judges)
         for budget in sorted(set(budgets_bytes)):
             scale = None
             for metric in judges:
-                if min(photo.size) >= METRICS[metric].least_side_px:
+                if min(self._photo.size) >= METRICS[metric].least_side_px:
                     scale = trials.settle(budget, metric, scale)
             trials.keep()
         return self.candidates(codec.name)
+
+
+def digest(photo: Image.Image) -> str:
+    """Of the pixels of a photo, RGB, in whatever file they are."""
+    return hashlib.sha256(f"{photo.width}x{photo.height} ".encode() + photo.tobytes()).hexdigest()
 
 
 def _key(line: Line) -> tuple[Any, ...]:
@@ -175,10 +181,10 @@ class Task:
 
 
 def search(tasks: Sequence[Task], jobs: int = 1, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Searches for every photo, in so many processes at a time."""
-    alike: dict[str, list[Task]] = {}  # photos of the same bytes have one file of what was tried: one after the other
+    """Searches for every photo, in so many processes at a time.  Raises EvaluationError where one of them is ended."""
+    alike: dict[str, list[Task]] = {}  # photos of the same pixels have one file of what was tried: one after the other
     for task in tasks:
-        alike.setdefault(task.photo.sha256, []).append(task)
+        alike.setdefault(digest(task.photo.read()), []).append(task)
     for told in _told(list(alike.values()), jobs):
         for line in told:
             tell(line)
@@ -189,8 +195,14 @@ def _told(tasks: Sequence[Sequence[Task]], jobs: int) -> Iterator[list[str]]:
         yield from map(_search, tasks)
         return
     # spawned, for torch's threads do not survive a fork; a thread each, for they would fight over the cores
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(_search, tasks)
+    try:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(_search, tasks)
+    except BrokenProcessPool as error:
+        raise EvaluationError(
+            "a process that looked for classical files was ended, likely for want of memory: take fewer --jobs; what "
+            "was tried is kept"
+        ) from error
 
 
 def _search(tasks: Sequence[Task]) -> list[str]:
@@ -199,8 +211,8 @@ def _search(tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         available(task.versions)  # a spawned process knows no formats of plugins yet
         image, judges = task.photo.read(), _judges(task.metrics, task.device)
-        searched = Search(task.folder, task.photo, task.versions)
-        count = sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
+        searched = Search(task.folder, image, task.versions)
+        count = sum(len(searched.run(CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
         told.append(f"{printable(task.photo.name)}: {count} classical files")
     return told
 

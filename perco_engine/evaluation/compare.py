@@ -6,7 +6,7 @@ The page needs nothing but itself: every picture lies in it, lossless and once.
 import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,9 +83,14 @@ def compare(
 ) -> list[Comparison]:
     """Writes the page of these photos to `out`; returns what it shows.
 
-    Raises EvaluationError (a photo cannot be read), ModelUnavailable, InvalidModel, ValueError (unknown names).
+    Raises EvaluationError (a photo cannot be read), ModelUnavailable, InvalidModel, ValueError (unknown names, or a
+    page that would be no HTML file, or take the place of a photo).
     """
     settings = settings or Settings()
+    if out.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"the page would take the place of the photo {out}: name another file with --out")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"the page is an HTML file, and {out} is not named like one: end its name in .html (--out)")
     names = tuple(dict.fromkeys((*settings.names, *([settings.by] if settings.by else []))))
     metrics.check_names(names, METRICS)
     metrics.check_names(settings.formats, classical.CODECS)
@@ -114,7 +119,7 @@ def compare(
                 shown = Shown("PerCo", f"rate point {point.bpp}", picture, len(data), measured(picture), own=True)
                 rows.append(Row(len(data), [shown]))
                 tell(f"{printable(photo.name)}: {point.bpp} bpp, {len(data):,} bytes")
-            search = Search(settings.kept or Path(unkept), photo, versions)
+            search = Search(settings.kept or Path(unkept), image, versions)
             for name in versions:
                 _add_peers(rows, search, image, name, judges, by, measured)
                 tell(f"{printable(photo.name)}: {classical.CODECS[name].title}")
@@ -136,8 +141,7 @@ def _read(path: Path, max_size_px: int) -> tuple[Photo, Image.Image, tuple[int, 
         return photo, image, None
     was = image.size
     image.thumbnail((max_size_px, max_size_px), Image.Resampling.LANCZOS)
-    # what is kept of the search is of these pixels
-    return replace(photo, sha256=f"{photo.sha256}-{image.width}x{image.height}"), image, was
+    return photo, image, was
 
 
 def _add_peers(
@@ -151,7 +155,7 @@ def _add_peers(
 ) -> None:
     """Adds to each rate the best file of a format in the same bytes."""
     codec = classical.CODECS[name]
-    tried = search.run(image, codec, [row.size_bytes for row in rows], {by: judges[by]})
+    tried = search.run(codec, [row.size_bytes for row in rows], {by: judges[by]})
     for row in rows:
         best = classical.best(tried, row.size_bytes, by)
         if best is None:

@@ -117,6 +117,7 @@ class SetMetric:
     """A distance of two sets of pictures; lower is better.
 
     network: a key of NETWORKS.  samples: what of each picture is compared.
+    least_side_px: pictures with a shorter side are left out.
     """
 
     name: str
@@ -126,6 +127,7 @@ class SetMetric:
     samples: Callable[[Image.Image], Iterator[Image.Image]]
     distance: Callable[[Features, Features], float]
     decimals: int
+    least_side_px: int = 1
     higher_is_better: bool = False
 
 
@@ -146,14 +148,18 @@ SET_METRICS = {
         SetMetric("kid", "KID", f"whole pictures, {_INCEPTION}", "inception", whole, kernel_distance, 4),
         SetMetric("fid_256", "FID/256", f"{_PATCHES}, {_INCEPTION}", "inception", patches, frechet_distance, 2),
         SetMetric("kid_256", "KID/256", f"{_PATCHES}, {_INCEPTION}", "inception", patches, kernel_distance, 4),
-        SetMetric("lite2_kid", "Lite2-KID", f"whole pictures, KID {_LITE2}", "lite2", whole, kernel_distance, 4),
+        SetMetric(
+            "lite2_kid", "Lite2-KID", f"whole pictures, KID {_LITE2}", "lite2", whole, kernel_distance, 4,
+            least_side_px=32,
+        ),
         SetMetric("lite2_kid_256", "Lite2-KID/256", f"{_PATCHES}, KID {_LITE2}", "lite2", patches, kernel_distance, 4),
     )
-}
+}  # fmt: skip
 """Every metric of a set of pictures, in the order of the reports."""
 
 
 def extract(network: Network, metric: SetMetric, pictures: Iterable[Image.Image]) -> Features:
     """The features (n, d) of what the metric compares of these pictures; (0, 0) if that is nothing."""
-    rows = [network(sample) for picture in pictures for sample in metric.samples(picture)]
+    large = (picture for picture in pictures if min(picture.size) >= metric.least_side_px)
+    rows = [network(sample) for picture in large for sample in metric.samples(picture)]
     return np.stack(rows) if rows else np.empty((0, 0))

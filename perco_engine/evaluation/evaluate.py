@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -124,8 +124,7 @@ def evaluate(settings: Settings, tell: Tell = lambda _: None) -> Run:
     Raises EvaluationError (nothing to evaluate, or results of other settings in the folder), ModelUnavailable,
     InvalidModel, ValueError.
     """
-    if settings.out.resolve() == settings.folder.resolve():
-        raise ValueError("the results need a folder of their own: choose another one with --out")
+    settings = replace(settings, steps=tuple(dict.fromkeys(settings.steps)))
     metrics.check_names(settings.metrics, ALL_METRICS)
     metrics.check_names(settings.against, classical.CODECS)
     photos = find_photos(settings.folder, settings.out, settings.limit)

@@ -40,12 +40,13 @@ class Peer:
         return "best of these" if self.codec is None else classical.CODECS[self.codec].title
 
 
-def chosen_files(task: classical_search.Task, bpps: Sequence[float], pixels: int) -> list[Line]:
+def chosen_files(task: classical_search.Task, bpps: Sequence[float]) -> list[Line]:
     """Of what the search for a photo found, the file that is best in each metric in the bytes of each rate.
 
-    bpps: names of the rates, in the order of the task's budgets.  pixels: of the photo.
+    bpps: names of the rates, in the order of the task's budgets.
     """
-    found = classical_search.Search(task.folder, task.photo, task.versions)
+    photo = task.photo.read()
+    found = classical_search.Search(task.folder, photo, task.versions)
     tried = [found.candidates(codec) for codec in task.versions]
     return [
         {
@@ -58,7 +59,7 @@ def chosen_files(task: classical_search.Task, bpps: Sequence[float], pixels: int
             "scale": best.scale,
             "quality": best.quality,
             "bytes": best.size_bytes,
-            "bits_per_pixel": 8 * best.size_bytes / pixels,
+            "bits_per_pixel": 8 * best.size_bytes / (photo.width * photo.height),
         }
         for bpp, budget in zip(bpps, task.budgets_bytes, strict=True)
         for candidates in tried
@@ -133,7 +134,7 @@ def tabulate(
     device = torch.device("cpu")
     versions, missing = classical.available(formats)
     judges, without = metrics.load(names, device)
-    tasks, pixels, skipped = [], [], {}
+    tasks, skipped = [], {}
     for photo in find_photos(folder, kept):
         try:
             width, height = photo.read().size
@@ -142,11 +143,10 @@ def tabulate(
             continue
         budgets = [int(bpp * width * height / 8) for bpp in bpps]
         tasks.append(classical_search.Task(photo, kept, versions, budgets, tuple(judges), device))
-        pixels.append(width * height)
     if not tasks:
         raise EvaluationError(f"no photo of {folder} can be read: {next(iter(skipped.values()))}")
     classical_search.search(tasks, jobs, tell)
-    chosen = [line for task, size in zip(tasks, pixels, strict=True) for line in chosen_files(task, bpps, size)]
+    chosen = [line for task in tasks for line in chosen_files(task, bpps)]
     found = means(chosen, bpps, versions, judges, len(tasks))
     header = ["bpp", "file", *(metric_title(METRICS[name]) for name in judges)]
     told = markdown(header, ([f"{bpp:g}", name, *row] for (bpp, name), row in peer_rows(found, len(tasks)).items()))

@@ -50,9 +50,11 @@ class Photo:
 def find_photos(folder: Path, out: Path, limit: int | None = None) -> list[Photo]:
     """The pictures below a folder, sorted by path, at most `limit`: files with a picture's suffix, none below `out`.
 
-    Raises EvaluationError if there is none.
+    Raises EvaluationError if there is none, and ValueError where `out` is the folder itself.
     """
     kinds, results = readable_suffixes(), out.resolve()
+    if results == folder.resolve():
+        raise ValueError("the results need a folder of their own, and not that of the photos: choose another one")
     above = results in folder.resolve().parents  # then the photos are below it, and no results
     paths = [
         path

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from ..files import new_folder
 from ..picture_files import picture_bytes
 from ..printable import printable
 from . import classical, plots
@@ -33,6 +34,8 @@ def write(run: Run) -> str:
     others = means(chosen, bpps, run.codecs, run.judges, len(run.photos)) if run.codecs else []
     if chosen:
         write_result(out / "against.jsonl", "".join(json.dumps(line) + "\n" for line in chosen).encode())
+    else:
+        (out / "against.jsonl").unlink(missing_ok=True)  # an earlier run's
     pictures = [*_write_plots(run, found, others), *_write_sheets(run, chosen)]
     text = "\n\n".join(
         part
@@ -52,11 +55,7 @@ def write(run: Run) -> str:
 def _chosen(run: Run) -> list[Line]:
     """The best classical file of each photo, rate, format and metric, in the bytes of the .perco file."""
     bpps = [point.bpp for point in run.points]
-    chosen = []
-    for photo in run.photos if run.codecs else ():
-        line = run.line(photo, bpps[0], run.settings.steps[0])
-        chosen += chosen_files(run.task(photo), bpps, line["width"] * line["height"])
-    return chosen
+    return [line for photo in (run.photos if run.codecs else ()) for line in chosen_files(run.task(photo), bpps)]
 
 
 def _subject(run: Run) -> str:
@@ -127,11 +126,9 @@ def _notes(run: Run, found: Sequence[Row]) -> str:
     lines = ["## Metrics", ""]
     for name, (_, count) in found[0].metrics.items():
         metric = _metric(name)
-        note = ""
-        if isinstance(metric, SetMetric):
-            note = f" ({count} samples a row)"
-        elif metric.least_side_px > 1:
-            note = f"; not defined below {metric.least_side_px} pixels"
+        note = f" ({count} samples a row)" if isinstance(metric, SetMetric) else ""
+        if metric.least_side_px > 1:
+            note += f"; not defined below {metric.least_side_px} pixels"
         lines.append(f"- {metric.title}: {metric.what}{note}.")
     for name, why in run.missing.items():
         title = classical.CODECS[name].title if name in classical.CODECS else _metric(name).title
@@ -142,8 +139,8 @@ def _notes(run: Run, found: Sequence[Row]) -> str:
 
 
 def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Peer]) -> list[str]:
-    """Writes a plot for every metric; returns the lines of the summary that show them."""
-    lines = []
+    """Writes a plot for every metric, and no other; returns the lines of the summary that show them."""
+    lines, written = [], dict[str, bytes]()
     for name in found[0].metrics:
         series = []
         for steps in run.settings.steps:
@@ -168,10 +165,13 @@ def _write_plots(run: Run, found: Sequence[Row], others: Sequence[Peer]) -> list
         try:
             files = plots.figure(f"{_subject(run)}, {better} is better", title, name, drawn)
         except ImportError as error:
-            return [f"Plots: not available ({error}): pip install matplotlib"]
-        for suffix, data in files.items():
-            write_result(run.settings.out / "plots" / f"{name}.{suffix}", data)
+            lines = [f"Plots: not available ({error}): pip install matplotlib"]
+            break
+        written |= {f"{name}.{suffix}": data for suffix, data in files.items()}
         lines.append(f"![{title}](plots/{name}.png)")
+    with new_folder(run.settings.out / "plots") as folder:
+        for name, data in written.items():
+            (folder / name).write_bytes(data)
     return lines
 
 

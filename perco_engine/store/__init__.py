@@ -7,4 +7,5 @@ download     folders from the hub
 resume       their large files, so that a download that was broken off goes on
 check        keys and shapes against configurations, without loading weights
 component_files   which files of a component are taken; pickled weights to safetensors
+preview_colours   the mean colour of each code, which thumbnails of Stable Diffusion models show
 """

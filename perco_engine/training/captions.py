@@ -32,7 +32,7 @@ class Captioned:
             assert settings.table is not None
             columns = (settings.name_column, settings.caption_column)
             rows = read_table(settings.table, "captions.table", columns)
-            self.known = {str(row[columns[0]]): str(row[columns[1]] or "") for row in rows}
+            self.known = {str(name): str(caption or "") for name, caption in rows}
         elif settings.source == "captioner":
             self.captioner = get_captioner(settings.captioner, device)
             for path in sorted(folder.glob("captions.*.jsonl")):

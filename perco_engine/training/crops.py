@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import TrainingError
 from ..picture_files import UNREADABLE
-from .photos import to_tensor
+from ..pixels import to_tensor
 from .sources import Source
 
 Cut = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -56,7 +56,7 @@ class Crops(Dataset[Crop]):
             name = self.source.names[number]
             try:
                 photo = self.source.read(number)
-                crop = to_tensor(self.cut(photo, self.side, rng))
+                (crop,) = to_tensor([self.cut(photo, self.side, rng)])
                 sidecar = self.source.sidecar(number)
                 return {
                     "pixels": crop, "name": name, "key": name, "sidecar": sidecar, "seed": seed, "skipped": skipped,

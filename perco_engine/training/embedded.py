@@ -8,15 +8,18 @@ joint: ladder, decoder and U-Net together, through the decoded picture: L1, squa
 text: a small text encoder (text.py) and the U-Net, which takes captions from then on; the codes of a photo stay.
 prior: what the indices of the finished ladder tell of each other, which makes files smaller and changes no picture.
 
-A stage that is done has written its networks into its folder, and is not run again; a further stage is a function here,
-a name in embedded_settings.StageName, and a table of its own in embedded_settings.Embedded.
+A stage that is done has written its networks into its folder, and is not run again; what it was begun with must not
+have changed since (check_stages).  A further stage is a function here, a name in embedded_settings.StageName, and a
+table of its own in embedded_settings.Embedded.
 """
 
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,6 +33,8 @@ from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from ..picture_files import UNREADABLE
+from ..pixels import to_tensor
+from . import begun
 from .crops import Crops
 from .denoising import (
     autoencoder,
@@ -40,9 +45,9 @@ from .denoising import (
     some_timesteps,
     walk,
 )
-from .embedded_settings import Embedded, StageName
+from .embedded_settings import STAGES, Embedded, StageName
 from .journal import Tell
-from .photos import random_crop, to_tensor
+from .photos import random_crop
 from .prior import train_prior
 from .processes import accelerated
 from .sources import open_source
@@ -65,7 +70,8 @@ MODEL = "model"
 
 
 def check(settings: Embedded) -> None:
-    """Looks for all that the settings name.  Raises InvalidSettings."""
+    """Looks for all that the settings name.  Raises InvalidSettings, also where the run is of another recipe."""
+    begun.check(settings.run, {"recipe": settings.recipe})
     open_source(settings.data, "train")
     check_corpus(settings.text.corpus)
     if settings.start is not None and not (settings.start / "model_index.json").is_file():
@@ -80,17 +86,55 @@ def train(settings: Embedded, tell: Tell = print) -> Path:
     with accelerated(settings.run, settings.mixed_precision) as accelerator:
         say: Tell = tell if accelerator.is_main_process else lambda text: None
         run = Run(settings, accelerator, open_source(settings.data, "train"), say)
+        check_stages(run)
+        if accelerator.is_main_process:
+            begun.keep(settings.run, {"recipe": settings.recipe})
         for name in settings.stages:
-            if (run.folder(name) / "finished").is_dir():
+            if run.is_done(name):
                 say(f"{name}: is done")
                 continue
             say(f"{name}: on {accelerator.device}, {len(run.source.names)} photos")
+            if accelerator.is_main_process:
+                begun.keep(run.folder(name), begun_with(run, name) | asdict(getattr(settings, name)))
             torch.manual_seed(settings.seed)
             TRAIN[name](run)
         if accelerator.is_main_process:
             export(run, settings.run / MODEL)
         accelerator.wait_for_everyone()
     return settings.run / MODEL
+
+
+def check_stages(run: Run) -> None:
+    """Raises InvalidSettings where a stage was begun with other networks or another seed, or done with other settings.
+
+    So are those after a stage that is to be done again.
+    """
+    again: dict[StageName, str] = {}
+    for name in run.settings.stages:
+        now = begun_with(run, name, again)
+        if run.is_done(name):
+            now |= asdict(getattr(run.settings, name))
+        if told := begun.differing(run.folder(name), now):
+            again[name] = f"{name}: {told}"
+    if again:
+        raise InvalidSettings(
+            f"stages were begun with other networks or settings than there are now ({'; '.join(again.values())}): put "
+            f"them back, or delete {', '.join(str(run.folder(name)) for name in again)}, to do these stages again"
+        )
+
+
+def begun_with(run: Run, stage: StageName, again: Collection[StageName] = ()) -> dict[str, Any]:
+    """Marks of the networks that a stage begins with, and the seed.  again: stages that are to be done once more."""
+    start = run.settings.start
+    found: dict[str, Any] = {"seed": run.settings.seed, "start": None if start is None else begun.networks_mark(start)}
+    for name in STAGES[: STAGES.index(stage)]:
+        if name == "text":  # from which no stage takes any
+            continue
+        if run.is_done(name) and name not in again:
+            found[f"networks of {name}"] = begun.networks_mark(run.folder(name) / "finished")
+        elif name in run.settings.stages:
+            found[f"networks of {name}"] = "yet to be made"
+    return found
 
 
 def sample(run: Run, count: int, seed: int) -> Tensor:
@@ -132,15 +176,15 @@ def train_autoencoder(run: Run) -> None:
 
 
 @torch.no_grad()
-def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...]) -> list[Tensor]:
-    """The latents of whole photos at several scales, (c, h/8, w/8) fp16 each."""
+def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...], skipped: dict[str, str]) -> list[Tensor]:
+    """The latents of whole photos at several scales, (c, h/8, w/8) fp16 each.  skipped: takes what cannot be read."""
     cached = []
-    for picture in readable(run):
+    for picture in readable(run, skipped):
         for scale in scales:
             width, height = (round(side * scale) // 8 * 8 for side in picture.size)
             if min(width, height) < run.settings.ladder.side:
                 continue
-            x = to_tensor(picture.resize((width, height)))[None].to(run.accelerator.device)
+            x = to_tensor([picture.resize((width, height))]).to(run.accelerator.device)
             with run.autocast():
                 cached.append(vae.encode(x.contiguous(memory_format=torch.channels_last)).latents[0].half().cpu())
     if not cached:
@@ -148,12 +192,13 @@ def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...]) ->
     return cached
 
 
-def readable(run: Run) -> Iterator[Image.Image]:
-    """Every photo that can be read."""
+def readable(run: Run, skipped: dict[str, str]) -> Iterator[Image.Image]:
+    """Every photo that can be read.  skipped: takes the names of the others, and why."""
     for number, name in enumerate(run.source.names):
         try:
             yield run.source.read(number)
         except UNREADABLE as error:
+            skipped[name] = str(error)
             run.tell(f"left out: {name} ({error})")
 
 
@@ -183,7 +228,8 @@ def train_ladder(run: Run) -> None:
             rung.metric.copy_(deviation**0.75)
     side, size = run.settings.ladder.side // 8, run.settings.ladder.batch_size
     mind_codebooks(ladder, size * run.accelerator.num_processes * side**2)
-    cached = run.kept("ladder", "latents.pt", lambda: cache_latents(channels_last(vae), run, (1.0, 0.6)))
+    skipped: dict[str, str] = {}
+    cached = run.kept("ladder", "latents.pt", lambda: cache_latents(channels_last(vae), run, (1.0, 0.6), skipped))
     ladder.to(run.accelerator.device)
     if fresh:
         with torch.no_grad(), run.autocast():
@@ -193,6 +239,7 @@ def train_ladder(run: Run) -> None:
     weights = run.kept("ladder", "rate_weights.pt", lambda: [rung.rate_weight for rung in ladder.levels])
     ladder.set_rate_weights(weights)  # a checkpoint holds tensors alone
     stage = Stage(run, "ladder", {"ladder": channels_last(ladder)})
+    stage.progress.skipped |= skipped
     ladder.train()
     for step in stage.steps():
         z = latent_batch(cached, side, size, stage.rng(step)).to(stage.device, memory_format=torch.channels_last)

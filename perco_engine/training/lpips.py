@@ -81,7 +81,14 @@ def load(vgg: Path | None) -> VggLpips:
             f"objective.lpips_weight: LPIPS is not available without its weights: pip install --no-deps lpips; "
             f"{instead}"
         )
-    linear = torch.load(Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth", weights_only=True)
+    own = Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    try:
+        linear = torch.load(own, map_location="cpu", weights_only=True)  # which were saved on a GPU
+    except Exception as error:  # whatever the file or the library come up with
+        raise InvalidSettings(
+            f"objective.lpips_weight: {own} does not hold LPIPS' weights ({error}): install the package anew: "
+            f"pip install --force-reinstall --no-deps lpips; {instead}"
+        ) from error
     try:
         if vgg is None:
             weights = torch.hub.load_state_dict_from_url(

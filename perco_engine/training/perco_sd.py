@@ -1,9 +1,11 @@
 """The recipe perco-sd: PerCo on a latent diffusion model, from its folder and photos to a model folder."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 from ..errors import InvalidSettings
 from ..pipeline import PercoPipeline
 from ..prompts import embed
-from . import lpips, networks
+from . import begun, lpips, networks
 from .captions import Captioned
 from .checkpoints import Checkpoints, Progress, check_gradient
 from .crops import Crop, Crops, collate
@@ -76,7 +78,10 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
         if checkpoints.load():
             apply(settings.optimizer, optimizer, schedule)
             say(f"goes on after step {progress.step}")
+        elif main:
+            begun.keep(settings.run, lasting(settings))
         if averaged is not None:
+            averaged.decay = settings.compute.ema_decay  # a checkpoint has that of before
             averaged.to(accelerator.device)
         journal = Journal(accelerator, settings.run, settings.log_every, say, progress.step)
         objective.train()
@@ -122,11 +127,11 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
 
 
 def check(settings: PercoSd) -> None:
-    """Looks for all that the settings name, before anything large is loaded.  Raises InvalidSettings."""
-    if isinstance(settings.data, WebdatasetData):
-        open_shards(settings.data)
-    else:
-        open_source(settings.data, "train")
+    """Looks for all that the settings name, before anything large is loaded.
+
+    Raises InvalidSettings, also where the run was begun with other settings that last.
+    """
+    begun.check(settings.run, lasting(settings))
     networks.check_base(settings.model)
     if settings.validation is not None:
         open_photos(settings.validation, settings.data)
@@ -138,6 +143,25 @@ def check(settings: PercoSd) -> None:
         Captioned(settings.captions, settings.run)
     if settings.learn.scope == "lora" and find_spec("peft") is None:
         raise InvalidSettings('learn.scope: "lora" needs the package: pip install peft; or take another scope')
+
+
+def lasting(settings: PercoSd) -> dict[str, Any]:
+    """The settings that hold for the whole of a run.  Raises InvalidSettings where there are no photos."""
+    if isinstance(settings.data, WebdatasetData):
+        photos = [PurePosixPath(urlsplit(shard).path).name for shard in open_shards(settings.data)]
+    else:
+        photos = list(open_source(settings.data, "train").names)
+    start = settings.model.hyper_encoder
+    return {
+        "recipe": settings.recipe,
+        "model.base": Path(settings.model.base).name,
+        "model.hyper_encoder": None if start is None else asdict(start),
+        "objective.prediction": settings.objective.prediction,
+        "learn": asdict(settings.learn),
+        "resolution": settings.resolution,
+        "seed": settings.seed,
+        "data": begun.names_mark(photos),
+    }
 
 
 def wants_lpips(objective: Objective, bpp: float) -> bool:

@@ -1,16 +1,8 @@
-"""Photos as tensors, and the squares that training cuts out of them."""
+"""The squares that training cuts out of photos."""
 
 import random
 
-import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-
-
-def to_tensor(photo: Image.Image) -> Tensor:
-    """A picture as (3, h, w) float32 in -1..1."""
-    return torch.from_numpy(np.asarray(photo.convert("RGB")).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def random_crop(photo: Image.Image, side: int, rng: random.Random) -> Image.Image:

@@ -16,7 +16,6 @@ from .. import pixels
 from ..errors import InvalidSettings, TrainingError
 from ..picture_files import UNREADABLE
 from .crops import ATTEMPTS, Crop, Cut, generator
-from .photos import to_tensor
 from .settings import WebdatasetData
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp")
@@ -75,7 +74,7 @@ class ShardCrops(IterableDataset[Crop]):
             seed = rng.getrandbits(63)
             try:
                 photo = _decode(sample)
-                crop = to_tensor(self.cut(photo, self.side, rng))
+                (crop,) = pixels.to_tensor([self.cut(photo, self.side, rng)])
                 sidecar = sample["txt"].decode("utf-8-sig").strip() if "txt" in sample else None
             except UNREADABLE as error:
                 skipped[sample["__key__"]] = str(error)

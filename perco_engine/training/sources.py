@@ -2,8 +2,7 @@
 
 import csv
 import hashlib
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,10 +99,10 @@ def _files(data: FolderData | OpenImagesData, split: str) -> Source:
     if isinstance(data, OpenImagesData):
         names = _open_images(data)
     elif data.manifest is not None:
-        rows = read_table(data.manifest, "data.manifest", ("file", "split"))
-        if unknown := {row["split"] for row in rows} - set(SPLITS):
+        rows = list(read_table(data.manifest, "data.manifest", ("file", "split")))
+        if unknown := {kind for _, kind in rows} - set(SPLITS):
             raise InvalidSettings(f"data.manifest: split must be {' or '.join(SPLITS)}, not {min(unknown)!r}")
-        return Files(data.folder, _chosen([row["file"] for row in rows if row["split"] == split], data, None))
+        return Files(data.folder, _chosen([name for name, kind in rows if kind == split], data, None))
     else:
         kinds = readable_suffixes()
         paths = sorted(path for path in data.folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
@@ -113,13 +112,13 @@ def _files(data: FolderData | OpenImagesData, split: str) -> Source:
 
 def _open_images(data: OpenImagesData) -> list[str]:
     """The files of an image list: of a table with the column ImageID, or of lines SPLIT/ID; without them, ID."""
-    text = read_text(data.image_list, "data.image_list")
-    first = text.splitlines()[0] if text else ""
-    if "ImageID" in first.split(","):
-        rows = read_table(data.image_list, "data.image_list", ("ImageID",))
-        listed = ["/".join(filter(None, (row.get("Subset"), row["ImageID"]))) for row in rows]
+    path, key = data.image_list, "data.image_list"
+    header = next(_lines(path, key), "").strip().split(",")
+    if "ImageID" in header:
+        columns = [column for column in ("Subset", "ImageID") if column in header]
+        listed = ["/".join(filter(None, row)) for row in read_table(path, key, columns)]
     else:
-        listed = text.split()
+        listed = read_text(path, key).split()
     # One look at the folder tells the layout; nine million photos are not looked for one by one.
     nested = any((data.folder / name.split("/")[0]).is_dir() for name in listed[:1] if "/" in name)
     return [f"{name if nested else name.rsplit('/', 1)[-1]}.jpg" for name in dict.fromkeys(listed)]
@@ -175,23 +174,42 @@ def read_text(path: Path, key: str) -> str:
         raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
 
 
-def read_table(path: Path, key: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV or Parquet file that the setting `key` names.  Raises InvalidSettings for missing columns."""
+def _lines(path: Path, key: str) -> Iterator[str]:
+    """The lines of a file that the setting `key` names, with their ends, one at a time.  Raises InvalidSettings."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
+
+
+def read_table(path: Path, key: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """These columns of each row of a CSV or Parquet file that the setting `key` names, one row of CSV at a time.
+
+    Raises InvalidSettings for missing columns.
+    """
     if path.suffix == ".parquet":
-        rows, found = _read_parquet(path, key, columns)
-    else:
-        reader = csv.DictReader(io.StringIO(read_text(path, key), newline=""))
-        try:
-            rows, found = list(reader), list(reader.fieldnames or ())
-        except csv.Error as error:
-            raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
+        yield from _read_parquet(path, key, columns)
+        return
+    try:
+        rows = csv.reader(_lines(path, key))
+        places = _places(columns, next(rows, []), path, key)
+        for row in rows:
+            if row:  # and not an empty line
+                yield tuple(row[place] if place < len(row) else "" for place in places)
+    except csv.Error as error:
+        raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
+
+
+def _places(columns: Sequence[str], found: list[str], path: Path, key: str) -> list[int]:
+    """Where the columns are among those that a file has."""
     if missing := [column for column in columns if column not in found]:
         raise InvalidSettings(f"{key}: {path} has no column {missing[0]!r}; it has {', '.join(found)}")
-    return rows
+    return [found.index(column) for column in columns]
 
 
-def _read_parquet(path: Path, key: str, columns: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
-    """These columns of a Parquet file, and the names of all that it has."""
+def _read_parquet(path: Path, key: str, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """These columns of each row of a Parquet file."""
     if find_spec("pyarrow") is None:
         raise InvalidSettings(f"{key}: {path.name} needs the package: pip install pyarrow; or name a .csv file")
     from pyarrow import parquet
@@ -201,4 +219,5 @@ def _read_parquet(path: Path, key: str, columns: Sequence[str]) -> tuple[list[di
         table = parquet.read_table(path, columns=[column for column in columns if column in found])
     except (OSError, ValueError) as error:
         raise InvalidSettings(f"{key}: cannot read {path}: {error}") from error
-    return list(table.to_pylist()), found
+    _places(columns, found, path, key)
+    yield from zip(*(table[column].to_pylist() for column in columns), strict=True)

@@ -72,6 +72,10 @@ class Run:
         """A stage's folder: checkpoints, log and curves, and, once it is done, finished/ with its networks."""
         return self.settings.run / stage
 
+    def is_done(self, stage: StageName) -> bool:
+        """Whether a stage has written its networks."""
+        return (self.folder(stage) / "finished").is_dir()
+
     def find(self, stages: Sequence[StageName], name: str) -> Path | None:
         """The folder `name` that the first of these stages that is done gave, else the start folder's, else None."""
         places = [self.folder(stage) / "finished" / name for stage in stages]

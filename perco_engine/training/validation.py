@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import InvalidSettings, NotFinite
 from ..picture_files import UNREADABLE
 from ..pipeline import PercoPipeline
+from ..pixels import to_tensor
 from ..prompts import embed
 from .captions import Captioned
 from .journal import Journal
 from .objective import PercoObjective, draw
-from .photos import middle, to_tensor
+from .photos import middle
 from .settings import Data, FolderData, PercoSd, ValidationSettings, WebdatasetData
 from .sources import Source, open_source
 
@@ -68,7 +69,7 @@ class Validation:
             # Another folder's photo may have the name of one that is trained on.
             key = name if when.folder is None else f"{when.folder.name}/{name}"
             photos.append(photo)
-            told += captions([name], [sidecar], to_tensor(photo)[None], [key])
+            told += captions([name], [sidecar], to_tensor([photo]), [key])
         if not photos:
             raise InvalidSettings("validation: none of the photos can be read")
         return cls(when, photos, told)
@@ -104,7 +105,7 @@ class Validation:
     def _coded(self, pipeline: PercoPipeline, number: int) -> np.ndarray:
         """A photo, encoded and decoded."""
         photo = self.photos[number]
-        indices = pipeline.encode_image(to_tensor(photo)[None])
+        indices = pipeline.encode_image(to_tensor([photo]))
         (picture,) = pipeline.decode_indices(
             indices, photo.height, photo.width, prompt=self.captions[number],
             num_inference_steps=self.when.inference_steps, guidance_scale=self.when.guidance_scale,
@@ -114,7 +115,7 @@ class Validation:
 
     def _loss(self, pipeline: PercoPipeline, objective: PercoObjective, number: int, device: torch.device) -> float:
         """A photo's denoising error, the mean over noise levels that are the same each time."""
-        pixels = to_tensor(self.photos[number])[None].to(device).repeat(LEVELS, 1, 1, 1)
+        pixels = to_tensor([self.photos[number]]).to(device).repeat(LEVELS, 1, 1, 1)
         latents = pipeline.encode_latents(pixels).float()
         draws = draw([number * LEVELS + k for k in range(LEVELS)], latents.shape[1:])
         draws.level.copy_((torch.arange(LEVELS) + 0.5) / LEVELS)

@@ -38,23 +38,24 @@ def documents(corpus: Path | None) -> list[str]:
 def new_tokenizer(texts: Sequence[str], labels: Sequence[str], size: int) -> Any:
     """CLIP's kind of tokenizer with at most `size` tokens: all bytes, within a word and at its end, merges, two marks.
 
-    Any text can be told in its tokens.
+    Any text can be told in its tokens.  The same texts give the same tokenizer.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     marks = ("<|startoftext|>", "<|endoftext|>")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    base = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    ends = [byte + "</w>" for byte in alphabet]
     like = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
+        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=ends,  # numbers decide between merges of equal count: otherwise these get theirs in any order
+    )  # fmt: skip
     learner.train_from_iterator([*texts, *(list(labels) * LABEL_WEIGHT)], trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    vocabulary = list(dict.fromkeys([*base, *("".join(pair) for pair in merges)]))[: size - len(marks)]
+    vocabulary = list(dict.fromkeys([*alphabet, *ends, *("".join(pair) for pair in merges)]))[: size - len(marks)]
     known = set(vocabulary)
     merges = [pair for pair in merges if "".join(pair) in known]
     numbers = {token: number for number, token in enumerate([*vocabulary, *marks])}

@@ -5,4 +5,5 @@ cli_desktop ─> install ─┬─> points        what goes where, from integrat
                         ├─> system        the folder that GNOME's sandbox can see
                         └─> manifest      what was there before
 check                                     whether each point would really work (perco doctor)
+menu                                      what a click on an entry runs
 """
