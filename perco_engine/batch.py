@@ -301,7 +301,10 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
             raise ValueError("this is a .perco file already, whatever its name says")
         # Of an MPO file the others are smaller copies, or for another eye.
         if settings.delete_source and opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
-            raise ValueError(f"it has {frames} frames or pages, and a .perco file holds one: the source was kept")
+            raise ValueError(
+                f"it has {frames} frames or pages, and a .perco file holds one: it was not converted; leave "
+                f"--delete-source out to convert its first"
+            )
         pixels = opened.width * opened.height
         take(pixels)
         photo = picture_files.read_photo(opened, settings.keep_metadata)

@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.  Raises InvalidModel where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last where it is nested too deeply
         raise InvalidModel(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise InvalidModel(f"{path} does not hold a JSON object")

@@ -13,6 +13,9 @@ from .codes import EXIF_PREFIX, Metadata, is_of_other_pixels
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow names and, without other programs, does not read: a folder is not searched for them."""
 
+NOT_WRITTEN = {"ICNS", "PERCO"}
+"""Formats that Pillow writes, and decoded pictures are not: an ICNS file holds squares of some sizes alone."""
+
 EXIF_TAGS = (
     ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.XResolution,
     ExifTags.Base.YResolution, ExifTags.Base.ResolutionUnit, ExifTags.Base.Software, ExifTags.Base.DateTime,
@@ -44,7 +47,7 @@ def writable_kind(suffix: str) -> str | None:
     """Pillow's name of the format that decoded pictures are written in under this suffix, or None."""
     Image.init()
     kind = Image.registered_extensions().get(suffix.lower())
-    return kind if kind in Image.SAVE and kind != "PERCO" else None
+    return kind if kind in Image.SAVE and kind not in NOT_WRITTEN else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import select
 import sys
 import time
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, TextIO, get_args
 
 from PIL import Image
 
@@ -28,12 +28,17 @@ ANSWER_SECONDS = 2.0
 SIXEL_COLOURS = 256
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; Python has None for one that was closed when the process began."""
+    return stream is not None and stream.isatty()
+
+
 def detect() -> Protocol:
     """What the terminal at stdin and stdout can show, by the environment, else by asking it; or half blocks.
 
     Inside of tmux and screen the environment is that of the terminal around them, so only the answer counts.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         return "blocks"
     return by_environment(os.environ) or by_answer(_ask())
 
@@ -84,10 +89,11 @@ def _ask() -> bytes:
     return answer
 
 
-def render(picture: Image.Image, protocol: Protocol, columns: int, rows: int, true_colour: bool = True) -> str:
+def render(picture: Image.Image, protocol: Protocol, columns: int, rows: float, true_colour: bool = True) -> str:
     """The picture as the text that shows it within so many columns and rows, a line break at its end.
 
-    Opacity is shown on black.  true_colour: for half blocks; False: the 256 colours of xterm.
+    rows: math.inf where the width alone counts.  true_colour: for half blocks; False: the 256 colours of xterm.
+    Opacity is shown on black.
     """
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")).convert("RGB")
     if protocol == "blocks":
@@ -99,7 +105,7 @@ def render(picture: Image.Image, protocol: Protocol, columns: int, rows: int, tr
 
 def cell_size_px() -> tuple[int, int]:
     """Width and height of a character, as the terminal tells, or a usual size."""
-    if sys.platform != "win32":
+    if sys.platform != "win32" and is_terminal(sys.stdout):
         import fcntl
         import struct
         import termios
@@ -114,7 +120,7 @@ def cell_size_px() -> tuple[int, int]:
     return 8, 16
 
 
-def _within(picture: Image.Image, width: int, height: int, larger: bool = False) -> Image.Image:
+def _within(picture: Image.Image, width: int, height: float, larger: bool = False) -> Image.Image:
     scale = min(width / picture.width, height / picture.height)
     if scale >= 1 and not larger:
         return picture

@@ -16,6 +16,9 @@ from .printable import printable
 
 POLL_SECONDS = 0.5
 
+REST = 10
+"""After a look nobody looks again for so many times as long as it took: a large folder keeps no processor busy."""
+
 SETTLED_SECONDS = 2.0
 """How long a file that nobody has open for writing must have been as it is: some writers close and open again."""
 
@@ -45,6 +48,7 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
     made_of: dict[Path, Path] = {}
     first, overwrite = True, existing == "overwrite"
     while True:
+        start = time.monotonic()
         found = [one for one in find(request) if one.problem or is_perco(one.path) != (suffix == PERCO)]
         for gone in handed_out.keys() - {one.path for one in found}:
             del handed_out[gone]
@@ -53,16 +57,17 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
             state = _state(one.path)
             if state is None or handed_out.get(one.path) == state:
                 continue
-            if first and target.exists() and not overwrite:
+            if first and _is_there(target) and not overwrite:
                 handed_out[one.path], made_of[target] = state, one.path
             elif _is_settled(one, state, changing):
                 handed_out[one.path] = state
                 owner = made_of.setdefault(target, one.path)
-                if existing == "skip" and owner == one.path and target.exists():
+                if existing == "skip" and owner == one.path and _is_there(target):
                     continue
                 yield Task(one.path, target, one.problem or _problem(target, owner, one.path, overwrite))
+                start = time.monotonic()  # who took the task may have waited for room
         first = False
-        time.sleep(POLL_SECONDS)
+        time.sleep(max(POLL_SECONDS, REST * (time.monotonic() - start)))
 
 
 def _is_settled(one: Source, state: State, changing: dict[Path, tuple[State, float]]) -> bool:
@@ -80,11 +85,16 @@ def _is_settled(one: Source, state: State, changing: dict[Path, tuple[State, flo
 
 def _problem(target: Path, owner: Path, source: Path, overwrite: bool) -> str:
     """Why a file is not to be converted to this target, or ""."""
-    if owner != source and owner.exists():
+    if owner != source and _is_there(owner):
         return f"it would become the same file as {printable(owner)}: rename one of them"
-    if target.exists() and not overwrite:
+    if _is_there(target) and not overwrite:
         return f"{printable(target)} is there already: --overwrite replaces it"
     return ""
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file; no error where the name is longer than one can be, as Path.exists has it."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _state(path: Path) -> State | None:

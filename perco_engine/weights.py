@@ -7,10 +7,12 @@ by the fingerprint alone.
 
 import functools
 import hashlib
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import rates
 from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY, read_header
@@ -64,6 +66,15 @@ REGISTRY = (
     ),
 )
 """The models that files may name.  No id is given twice: 1 to 9 were of embedded weights before the first release."""
+
+
+_WEIGHT_FILES = {
+    "vae": "diffusion_pytorch_model.safetensors",
+    "hyper_enc": "diffusion_pytorch_model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+"""What the weights of a component are called, where they are not in shards."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +175,43 @@ def _fingerprint(files: tuple[tuple[str, str, int, int], ...]) -> bytes:
 
 
 def fingerprint(folder: Path) -> bytes:
-    """The first 8 bytes of the SHA-256 of all .safetensors files below `folder`: names, sizes, bytes, in name order."""
-    found = {*folder.rglob("*.safetensors"), *folder.glob("*/*.safetensors")}  # the latter in linked folders, too
-    files = sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    """The first 8 bytes of the SHA-256 of the files that a model's weights are loaded from: their names, sizes, bytes.
+
+    What lies beside them does not count.  FORMAT.md has it in full.
+    """
+    files = {name: folder / name for name in sorted(set(_weight_files(folder))) if (folder / name).is_file()}
     return _fingerprint(
-        tuple(
-            (str(path.resolve()), path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-        )
+        tuple((str(path.resolve()), name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items())
     )
+
+
+def _weight_files(folder: Path) -> Iterator[str]:
+    """Where in a model folder its weights are loaded from: those of the components that it names, and its prior.
+
+    Not all of them need be there: what is missing or damaged is told when the model is loaded.
+    """
+    from .bitstream.prior import PRIOR_FILE  # with numpy, which opening a file spares
+
+    components = _read_object(folder / "model_index.json")
+    for name, file in _WEIGHT_FILES.items():
+        if components.get(name) in (None, [None, None]):
+            continue
+        shards = _read_object(folder / name / f"{file}.index.json").get("weight_map")
+        # Of both, diffusers takes the shards, and transformers the one file.
+        if isinstance(shards, dict) and not (name == "text_encoder" and (folder / name / file).is_file()):
+            yield from (f"{name}/{shard}" for shard in shards.values())
+        else:
+            yield f"{name}/{file}"
+    yield PRIOR_FILE
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def as_model(checkpoint: Checkpoint) -> Model:

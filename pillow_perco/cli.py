@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function, and prints."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from .cli_convert import EXIT_INTERRUPTED, convert
 from .cli_desktop import desktop
 from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
-from .cli_options import EFFORT, FILE_MODEL, MODEL, SEED
+from .cli_options import BPP, EFFORT, FILE_MODEL, INPUT, MAX_BYTES, MODEL, OUTPUT, SEED, SEED_NUMBER
 from .cli_train import train
 from .cli_view import service, view
 from .PercoImagePlugin import describe
@@ -31,6 +32,7 @@ class Group(click.Group):
     """Turns what can go wrong with files and models into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _escape_letters()
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, RuntimeError):  # whoever read it is gone, which click knows; click's own; our fault
@@ -41,14 +43,17 @@ class Group(click.Group):
             raise click.ClickException(str(error) or type(error).__name__) from error
 
 
+def _escape_letters() -> None:
+    """Names may have letters that the encoding of the output lacks: they are written as Python writes them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pillow_perco.__version__, prog_name="perco")
 def main() -> None:
     """Pictures in a hundred bytes: encode photos to .perco files and decode them again."""
-
-
-INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
-OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
 def read_photo(path: Path, keep_metadata: bool = False) -> picture_files.Photo:
@@ -65,6 +70,15 @@ def refuse_overwriting(source: Path, target: Path) -> None:
     """Raises click.ClickException where both are one file."""
     if target.exists() and source.samefile(target):
         raise click.ClickException(f"{printable(target)} would be written over: choose another name")
+
+
+def refuse_other_names(target: Path, command: str) -> None:
+    """Raises click.ClickException unless this is the name of a .perco file, which the command writes."""
+    if not conversion.is_perco(target):
+        raise click.ClickException(
+            f"{printable(target)}: {command} writes .perco files; end the name so (perco decode and convert make "
+            f"pictures of them)"
+        )
 
 
 def kind_of(target: Path) -> str:
@@ -89,15 +103,15 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.argument("target", type=OUTPUT)
 @click.option(
     "--bpp",
-    type=float,
+    type=BPP,
     help="Nominal bits a pixel; the model's nearest rate point.  [default: 0.03; with --max-bytes, the best that fits]",
 )
-@click.option("--max-bytes", type=int, help="Hard limit on the whole file; the best that fits is written.")
+@click.option("--max-bytes", type=MAX_BYTES, help="Hard limit on the whole file; the best that fits is written.")
 @click.option("--caption", help="Text stored with the picture.")
 @click.option(
     "--captioner", metavar="MODEL", help="Without --caption: the model (tags, blip2, a name, a folder) to write it."
 )
-@click.option("--seed", type=int, help="Seed of the noise that decoding starts from.")
+@click.option("--seed", type=SEED_NUMBER, help="Seed of the noise that decoding starts from.")
 @EFFORT
 @click.option(
     "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."
@@ -118,10 +132,7 @@ def encode(
 
     The picture is turned upright and converted to sRGB.  TARGET is replaced only when everything went well.
     """
-    if not conversion.is_perco(target):
-        raise click.ClickException(
-            f"{printable(target)}: encode writes .perco files; end the name so, or see perco convert"
-        )
+    refuse_other_names(target, "encode")
     refuse_overwriting(source, target)
     read = read_photo(source, keep_metadata)
     photo, metadata = read.image, {name: block for name, block in vars(read.metadata).items() if block}
@@ -192,6 +203,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     """
     from perco_engine import reference_files
 
+    refuse_other_names(target, "convert-reference")
     refuse_overwriting(source, target)
     with source.open("rb") as file:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)

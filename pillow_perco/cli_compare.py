@@ -6,16 +6,13 @@ import click
 
 from perco_engine.printable import printable
 
-from .cli_options import EFFORT, MODEL, OUT, listed, tell
-
-PHOTO = click.Path(exists=True, dir_okay=False, path_type=Path)
-PAGE = click.Path(dir_okay=False, path_type=Path)
+from .cli_options import EFFORT, INPUT, MODEL, OUT, OUTPUT, listed, tell
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True, type=PHOTO)
+@click.argument("photos", nargs=-1, required=True, type=INPUT)
 @click.option(
-    "--out", type=PAGE, default=Path("perco-compare.html"), show_default=True, help="Where the page is written."
+    "--out", type=OUTPUT, default=Path("perco-compare.html"), show_default=True, help="Where the page is written."
 )
 @MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")

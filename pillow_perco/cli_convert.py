@@ -18,10 +18,11 @@ import click
 
 from perco_engine import conversion
 from perco_engine.conversion import Request, Task
-from perco_engine.errors import ConversionError
+from perco_engine.errors import ConversionError, PercoError
 from perco_engine.printable import printable, some
+from perco_engine.terminal import is_terminal
 
-from .cli_options import EFFORT_OF_ENCODING, MODEL
+from .cli_options import BPP, EFFORT_OF_ENCODING, MAX_BYTES, MODEL, SEED_NUMBER
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -43,15 +44,15 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
     type=click.Path(exists=True, file_okay=False),
     help="Convert what is or comes there, until Ctrl-C.",
 )
-@click.option("--skip-existing", "existing", flag_value="skip", help="Leave files alone that are there already.")
-@click.option("--overwrite", "existing", flag_value="overwrite", help="Replace files that are there already.")
+@click.option("--skip-existing", is_flag=True, help="Leave files alone that are there already.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 @MODEL
 @click.option(
     "--bpp",
-    type=click.FloatRange(0, min_open=True),
+    type=BPP,
     help="To .perco: nominal bits a pixel.  [default: 0.03; with --max-bytes, the best that fits]",
 )
-@click.option("--max-bytes", type=click.IntRange(1), help="To .perco: hard limit on every file; the best that fits.")
+@click.option("--max-bytes", type=MAX_BYTES, help="To .perco: hard limit on every file; the best that fits.")
 @click.option("--caption", help="To .perco: text for all.  [default: of the .txt file beside each photo, if any]")
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
@@ -60,7 +61,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option(
     "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Of the noise that decoding starts from.")
+@click.option("--seed", type=SEED_NUMBER, help="Of the noise that decoding starts from.")
 @click.option("--keep-metadata", is_flag=True, help="Take EXIF and XMP along.")
 @click.option("--delete-source", is_flag=True, help="Remove each source once its written file was read back.")
 @click.option(
@@ -73,7 +74,7 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("-q", "--quiet", is_flag=True, help="Tell failures only.")
 def convert(
     sources: tuple[str, ...], destination: str, to: str | None, recursive: bool, watch: str | None,
-    existing: str | None, dry_run: bool, as_json: bool, quiet: bool, no_sidecars: bool, **settings: Any,
+    skip_existing: bool, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, no_sidecars: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Convert photos to .perco files, or .perco files to pictures.
 
@@ -88,10 +89,13 @@ def convert(
         raise click.UsageError("name the files to convert, or a folder to --watch, and where they are to go")
     if watch is not None and dry_run:
         raise click.UsageError("--watch and --dry-run exclude each other")
+    if skip_existing and overwrite:
+        raise click.UsageError("--skip-existing and --overwrite exclude each other")
     if not destination or not all(sources):
         raise click.UsageError("an empty name is neither a file nor a folder")
     if not math.isfinite(settings["bpp"] or 0):
         raise click.BadParameter(f"{settings['bpp']} is no rate", param_hint="--bpp")
+    existing = "skip" if skip_existing else "overwrite" if overwrite else None
     request = Request([watch] if watch is not None else sources, destination, to, recursive)
     try:
         if watch is None:
@@ -121,9 +125,11 @@ def convert(
     from perco_engine.batch import convert as converted
     from perco_engine.batch_networks import Settings
     from perco_engine.watch import watch as watched
+    from perco_engine.weights import find
 
+    find(settings["model"])  # before anything is waited for
     work = tasks if watch is None else watched(request, existing)
-    results = converted(work, Settings(sidecars=not no_sidecars, overwrite=existing == "overwrite", **settings))
+    results = converted(work, Settings(sidecars=not no_sidecars, overwrite=overwrite, **settings))
     with _stoppable(report), report.progress, closing(results):
         for done in results:
             if isinstance(done, Result):
@@ -162,7 +168,7 @@ class _Report:
     start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        shown = not (self.as_json or self.quiet) and sys.stderr.isatty()
+        shown = not (self.as_json or self.quiet) and is_terminal(sys.stderr)
         self._bar = Progress(self.total) if shown else None
 
     @property
@@ -178,7 +184,9 @@ class _Report:
         self.size_bytes += size_bytes
         if error:
             self.failures.append(printable(f"{printable(task.source)}: {error}"))
-            if self.total is None and not self.as_json:
+            if self.total is None and self._bar is not None:
+                self._bar.tell(self.failures[-1])
+            elif self.total is None and not self.as_json:
                 click.echo(self.failures[-1], err=True)
         if self._bar is not None and status != "skipped":
             self._bar.advance(printable(task.source))
@@ -218,8 +226,9 @@ class _Terminated(BaseException):
 
 @contextmanager
 def _stoppable(report: _Report) -> Iterator[None]:
-    """Ends the process at SIGINT and SIGTERM: in order, and without waiting for the networks.
+    """Ends the process at SIGINT, SIGTERM and errors: in order, and without waiting for the networks.
 
+    (An end as usual would take their thread out of torch, which aborts the process.)
     Also where a script has started it in the background, with SIGINT ignored.
     """
 
@@ -234,12 +243,19 @@ def _stoppable(report: _Report) -> Iterator[None]:
         with suppress(BrokenPipeError):  # the same Ctrl-C has ended whoever reads this
             if report.counts or report.as_json:
                 report.end()
-            sys.stdout.flush()
         with suppress(BrokenPipeError):
             if not report.quiet:
                 click.echo("stopped; to go on, say it again with --skip-existing", err=True)
-            sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED if isinstance(stopped, KeyboardInterrupt) else EXIT_TERMINATED)
+    except BrokenPipeError:  # whoever read it is gone
+        os._exit(EXIT_FAILED)
+    except Exception as error:
+        with suppress(BrokenPipeError):
+            if isinstance(error, OSError | ValueError | PercoError):
+                click.ClickException(str(error) or type(error).__name__).show()
+            else:
+                sys.excepthook(type(error), error, error.__traceback__)
+        os._exit(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+from .cli_options import FOLDER
 
 
 @click.group()
@@ -25,7 +25,10 @@ def how_to_install(command: Any) -> Any:
             show_default=True,
             help="The family that it belongs to, or none; auto: perco-sd, if it is of one of its rates.",
         ),
-        click.option("--name", help="The name to install it under.  [default: FAMILY-RATE, or the folder's]"),
+        click.option(
+            "--name",
+            help="The name to install it under.  [default: FAMILY-RATE, or that of the folder or repository]",
+        ),
     ):
         command = option(command)
     return command

@@ -5,13 +5,18 @@ from typing import Any
 
 import click
 
+INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
 OUT = click.Path(file_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+BPP = click.FloatRange(0, min_open=True)
+MAX_BYTES = click.IntRange(1)
+SEED_NUMBER = click.IntRange(0, 2**32 - 1)
 MODEL = click.option(
     "--model", default="embedded", show_default=True, help="The name of a model (perco models list), or a model folder."
 )
 FILE_MODEL = click.option("--model", help="The folder of the file's model, if it is not installed.")
-SEED = click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Another seed than the file's.")
+SEED = click.option("--seed", type=SEED_NUMBER, help="Another seed than the file's.")
 EFFORT, EFFORT_OF_ENCODING = (
     click.option(
         "--effort", type=click.IntRange(0, 100),

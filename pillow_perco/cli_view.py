@@ -1,5 +1,6 @@
 """`perco view` and `perco service`."""
 
+import math
 import os
 import shutil
 import sys
@@ -10,14 +11,14 @@ import click
 from perco_engine import service as warm
 from perco_engine.errors import PercoError
 from perco_engine.printable import printable
-from perco_engine.terminal import PROTOCOLS, Protocol
+from perco_engine.terminal import PROTOCOLS, Protocol, is_terminal
 
-from .cli_options import FILE_MODEL, SEED
+from .cli_options import FILE_MODEL, INPUT, SEED
 from .desktop.menu import notify
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=INPUT)
 @click.option("--terminal", "in_terminal", is_flag=True, help="Show it here, in the terminal.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="For the terminal.  [default: what it says it can]")
 @click.option("--width", type=click.IntRange(1), help="For the terminal: columns.  [default: all]")
@@ -37,15 +38,16 @@ def view(
         try:
             viewing.open_in_viewer(viewing.decoded(file, steps=steps, seed=seed, model=model))
         except (OSError, PercoError) as error:
-            if not sys.stderr.isatty():  # a double-click, where nobody would see it
+            if not is_terminal(sys.stderr):  # a double-click, where nobody would see it
                 notify(f"{printable(file.name)}: {error}")
             raise
         return
     picture = viewing.decoded(file, steps=steps, seed=seed, model=model)
-    columns, rows = shutil.get_terminal_size()
+    columns, lines = shutil.get_terminal_size()
+    rows = math.inf if width else max(1, lines - 1)
     true_colour = os.environ.get("COLORTERM", "truecolor") in ("truecolor", "24bit")
     with Image.open(picture) as image:
-        text = terminal.render(image, protocol or terminal.detect(), width or columns, max(1, rows - 1), true_colour)
+        text = terminal.render(image, protocol or terminal.detect(), width or columns, rows, true_colour)
     click.echo(text, nl=False, color=True)
 
 

@@ -37,6 +37,10 @@ class Progress:
     ) -> None:
         self._bars.__exit__(kind, error, trace)
 
+    def tell(self, text: str) -> None:
+        """A line above the bar, which stays."""
+        self._bars.console.print(Text(text), soft_wrap=True)
+
     def advance(self, name: str) -> None:
         """One more file is done."""
         self._bars.update(self._files, advance=1, name=name)

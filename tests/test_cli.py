@@ -81,8 +81,10 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("encode", "{jpeg}", "{out}", "--bpp", "-1"), "bpp must be a positive number"),
+        (("encode", "{jpeg}", "{out}", "--bpp", "-1"), "-1.0 is not in the range x>0"),
+        (("encode", "{jpeg}", "{out}", "--max-bytes", "0"), "0 is not in the range x>=1"),
         (("encode", "{jpeg}", "{out}", "--max-bytes", "3"), "more than max_bytes=3"),
+        (("encode", "{jpeg}", "{out}", "--seed", "-1"), "-1 is not in the range 0<=x<=4294967295"),
         (("encode", "{jpeg}", "{out}", "--model", "none"), "neither a registered model"),
         (("encode", "{text}", "{out}"), "cannot identify image file"),
         (("encode", "{avif}", "{out}"), "broken.avif: "),
@@ -90,6 +92,7 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
         (("demo", "--photo", "{png}", "--out", "{png}"), "would be written over"),
         (("demo", "--photo", "{jpeg}", "--out", "{text}.foo"), "no picture format"),
         (("convert-reference", "{out}", "{out}"), "would be written over"),
+        (("convert-reference", "{out}", "{png}"), "convert-reference writes .perco files"),
         (("decode", "{jpeg}", "{png}"), "not a .perco file"),
         (("decode", "{cut}", "{png}"), "copy or download it again"),
         (("info", "{cut}"), "copy or download it again"),
@@ -132,10 +135,11 @@ def test_samples_of_the_last_seed(jpeg: Path, tiny_model: Path, tmp_path: Path) 
 def test_a_reader_that_is_gone_is_no_error(jpeg: Path, tmp_path: Path) -> None:
     perco("encode", jpeg, tmp_path / "x.perco")
     command = [sys.executable, "-m", "pillow_perco.cli", "info", str(tmp_path / "x.perco")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == "" and process.wait() == 1
+    ours, theirs = os.pipe()
+    os.close(ours)
+    run = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(theirs)
+    assert run.stderr == "" and run.returncode == 1
 
 
 def test_demo(jpeg: Path, tmp_path: Path) -> None:
@@ -207,6 +211,17 @@ def test_captions_and_names_cannot_write_to_the_terminal(photo: Image.Image, tmp
     assert result.exit_code == 0 and "caf\\xe9.perco: " in result.output and odd.exists()
 
 
+def test_letters_that_the_encoding_of_the_output_lacks(photo: Image.Image, tmp_path: Path) -> None:
+    pillow_perco.save(photo, tmp_path / "x.perco", caption="сова, Käuzchen")
+    result = CliRunner(charset="cp1252").invoke(main, ["info", str(tmp_path / "x.perco")])
+    assert result.exit_code == 0 and "\\u0441\\u043e\\u0432\\u0430, Käuzchen" in result.output
+
+
+def test_the_name_of_a_model_that_is_pulled() -> None:
+    told = " ".join(perco("models", "pull", "--help").output.split())
+    assert "[default: FAMILY-RATE, or that of the folder or repository]" in told
+
+
 def test_every_command_without_what_windows_lacks() -> None:
     program = "import sys; sys.modules['fcntl'] = None; from pillow_perco.cli import main; main(['view', '--help'])"
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
@@ -266,6 +281,8 @@ def test_an_icon_has_the_size_of_the_picture(photo: Image.Image, tmp_path: Path)
     photo.resize((300, 200)).save(tmp_path / "x.perco")
     result = perco("decode", tmp_path / "x.perco", tmp_path / "y.ico")
     assert result.exit_code == 1 and "at most 256 pixels" in result.output and not (tmp_path / "y.ico").exists()
+    result = perco("decode", tmp_path / "x.perco", tmp_path / "y.icns")  # whose icons are squares
+    assert result.exit_code == 1 and "no picture format" in result.output and not (tmp_path / "y.icns").exists()
 
 
 def read_but_not_written() -> bytes:

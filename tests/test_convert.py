@@ -1,8 +1,11 @@
 """perco convert from outside: both directions, bad files, breaks, watching, sources removed."""
 
+import errno
+import itertools
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -10,16 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from click.testing import CliRunner, Result
 from conftest import opened_size, reachable
 from PIL import Image
 
-from perco_engine import batch, thumbnails
+from perco_engine import batch, thumbnails, watch
 from perco_engine.batch_networks import Settings
-from perco_engine.conversion import Task
+from perco_engine.conversion import Request, Task
+from perco_engine.errors import ModelUnavailable
+from pillow_perco import cli_convert
 from pillow_perco.cli import main
 
 COMMAND = [str(Path(sys.executable).with_name("perco")), "convert"]
@@ -54,9 +62,9 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts commands that are killed at the end."""
     processes = []
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
-        command = [*COMMAND, *map(str, arguments)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    def start(*arguments: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+        command = [*COMMAND, "--effort", "0", *map(str, arguments)]
+        processes.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
     yield start
@@ -183,6 +191,7 @@ def test_a_dry_run_does_nothing(photos: Path) -> None:
         (("in", ""), "an empty name is neither a file nor a folder"),
         (("in", "out", "--bpp", "nan"), "nan is no rate"),
         (("--watch", "in", "in/a.jpg"), "is no folder"),
+        (("in", "out", "--skip-existing", "--overwrite"), "--skip-existing and --overwrite exclude each other"),
     ],
 )
 def test_requests_that_make_no_sense(arguments: tuple[object, ...], says: str, photos: Path) -> None:
@@ -195,7 +204,15 @@ def test_a_model_that_is_not_there_ends_it(photos: Path) -> None:
     assert result.exit_code == 1 and "neither a registered model" in result.stderr and not Path("out").exists()
 
 
-def test_a_captioner_that_is_not_there_ends_it(photos: Path) -> None:
+def test_a_model_that_is_not_there_is_told_before_a_folder_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("in").mkdir()
+    monkeypatch.setattr(batch, "convert", lambda *_: pytest.fail("the conversion was started"))
+    result = convert("--watch", "in", "out", "--model", "none")
+    assert result.exit_code == 1 and "neither a registered model" in result.stderr
+
+
+def test_a_captioner_that_is_not_there_ends_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
     result = convert("in/a.jpg", "in/sub", "out", "--captioner", "./none")
     assert result.exit_code == 1 and result.output.count("there is no folder './none'") == 1
     result = convert("in/a.jpg", "out/", "--captioner", "./none", "--caption", "an owl")  # which nobody asks
@@ -283,11 +300,9 @@ def test_an_interrupt_and_going_on(
         photo.resize((768, 512)).save(f"in/{k:02}.jpg")
     process = started("in", "out", "--no-thumbnails")
     wait_for(lambda: Path("out").is_dir() and len(list(Path("out").glob("*.perco"))) > 0)
-    start = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == code and "--skip-existing" in said
-    assert time.monotonic() - start < 1
     there = {path: path.read_bytes() for path in Path("out").iterdir()}
     assert 0 < len(there) < 60 and all(path.suffix == ".perco" for path in there)
     for path in list(Path("in").iterdir()):
@@ -317,8 +332,11 @@ def test_an_interrupt_while_torch_is_imported(
 def test_a_watched_folder_with_a_slow_writer(photo: Image.Image, started: Callable[..., subprocess.Popen[str]]) -> None:
     Path("in").mkdir()
     photo.save("in/early.png")
+    if watch.is_being_written(Path("in/early.png")) is None:
+        pytest.skip("the file system does not tell who has a file open for writing")
     data = Path("in/early.png").read_bytes()
-    process = started("--watch", "in", "out", "--no-thumbnails", "--json")
+    with open("told", "w") as told:
+        process = started("--watch", "in", "out", "--no-thumbnails", "--json", stdout=told)
     with open("in/slow.png", "wb") as slow:
         # Long enough for anyone who only looks whether the file has stopped growing, and a whole picture at that.
         slow.write(data)
@@ -332,8 +350,8 @@ def test_a_watched_folder_with_a_slow_writer(photo: Image.Image, started: Callab
     Path("in/.part.png").rename("in/moved.png")
     wait_for(lambda: Path("out/moved.perco").exists())
     photo.save("in/early.jpg")
-    assert process.stdout is not None
-    lines = [json.loads(process.stdout.readline()) for _ in range(4)]
+    wait_for(lambda: Path("told").read_text().count("\n") == 4)
+    lines = [json.loads(line) for line in Path("told").read_text().splitlines()]
     assert [Path(line["source"]).name for line in lines] == ["early.png", "slow.png", "moved.png", "early.jpg"]
     assert lines[3]["status"] == "failed" and "would become the same file" in lines[3]["error"]
     process.send_signal(signal.SIGINT)
@@ -342,17 +360,106 @@ def test_a_watched_folder_with_a_slow_writer(photo: Image.Image, started: Callab
     assert names("out") == ["early.perco", "moved.perco", "slow.perco"]
 
 
+def test_a_name_that_leaves_no_room_for_the_suffix_fails_alone(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("POLL_SECONDS", "REST", "SETTLED_SECONDS", "UNKNOWN_SECONDS"):
+        monkeypatch.setattr(watch, name, 0)
+    for folder in ("in", "out"):
+        Path(folder).mkdir()
+    photo.save("in/a.png")
+    photo.save(f"in/{'x' * 251}.png")
+    tasks = itertools.islice(watch.watch(Request(["in"], "out")), 2)
+    found = [done for done in batch.convert(tasks, Settings(thumbnails=False)) if isinstance(done, batch.Result)]
+    failed = [done.error for done in found if done.status == "failed"]
+    assert names("out") == ["a.perco"] and len(failed) == 1 and os.strerror(errno.ENAMETOOLONG) in failed[0]
+
+
+def test_a_look_that_takes_long_is_followed_by_a_long_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 2:
+            raise InterruptedError
+
+    times = iter([0.0, 0.01, 1.0, 3.0])
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: next(times), sleep=sleep))
+    Path("in").mkdir()
+    with pytest.raises(InterruptedError):
+        next(watch.watch(Request(["in"], "out")))
+    assert rests == [0.5, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (BrokenPipeError(), []),
+        (ModelUnavailable("there is none"), ["Error: there is none"]),
+        (AssertionError("our fault"), ["AssertionError: our fault"]),  # below a traceback
+    ],
+)
+def test_an_error_does_not_wait_for_the_networks(
+    error: Exception, says: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended, cli_convert._stoppable(cli_convert._Report(True, False, None)):
+        raise error
+    assert ended.value.code == 1 and capsys.readouterr().err.splitlines()[-1:] == says
+
+
+def test_without_an_output_for_errors() -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "gone.jpg", "out/"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1 and run.stdout == "1 failed\n"
+
+
+def written_to(terminal: int) -> bytes:
+    """All that comes to this end of a pseudo-terminal, until nobody has the other one; then it is closed, too."""
+    written = b""
+    with open(terminal, "rb", buffering=0) as ours, suppress(OSError):
+        while part := ours.read(4096):
+            written += part
+    return written
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows after this: of its codes, those that rich moves and erases by."""
+    lines, row, column = [""], 0, 0
+    for code, letter in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|([^\x1b])", written):
+        if letter == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif letter == "\r":
+            column = 0
+        elif letter:
+            lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
+            column += 1
+        elif code == "2K":
+            lines[row] = ""
+        elif code.endswith("A"):
+            row -= int(code[:-1])
+    return lines
+
+
+def test_failures_in_a_watched_folder_stay_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    with monkeypatch.context() as patch, open(theirs, "w") as terminal:
+        patch.setattr(sys, "stderr", terminal)
+        report = cli_convert._Report(as_json=False, quiet=False, total=None)
+        with report.progress:
+            report.tell(Task(Path("bad.jpg"), Path("bad.perco")), "failed", error="no picture")
+            report.tell(Task(Path("a.jpg"), Path("a.perco")), "written")
+            report.thumbnailed(Path("a.perco"))
+    assert [line for line in screen(written_to(ours).decode()) if line] == ["bad.jpg: no picture"]
+
+
 def test_progress_in_a_terminal(photos: Path) -> None:
     ours, theirs = pty.openpty()
     with subprocess.Popen([*COMMAND, "in", "out"], stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 4096)
-            except OSError:
-                break
-    os.close(ours)
+        shown = written_to(ours)
     assert process.returncode == 1
     assert b"4/4" in shown and b"files" in shown and b"\x1b[" in shown
 
@@ -432,6 +539,7 @@ def test_sources_of_several_frames_are_kept(photo: Image.Image) -> None:
     photo.save("a.gif", save_all=True, append_images=[photo.rotate(90)])
     result = convert("a.gif", "out/", "--delete-source")
     assert result.exit_code == 1 and "2 frames" in result.stderr and Path("a.gif").exists()
+    assert "it was not converted; leave --delete-source out" in result.stderr
     assert convert("a.gif", "out/").exit_code == 0 and names("out") == ["a.perco"]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -21,6 +22,8 @@ from pillow_perco.cli import main
 from pillow_perco.desktop import check, install, points, system, thunar
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the desktop is that of freedesktop.org")
+
+needs_databases = pytest.mark.skipif(not shutil.which("update-mime-database"), reason="no shared-mime-info")
 
 OTHERS = """<?xml version="1.0" encoding="UTF-8"?>
 <!-- mine -->
@@ -75,6 +78,7 @@ def test_an_empty_home_is_empty_again(home: Path) -> None:
     assert perco("uninstall").output == "nothing is installed\n"
 
 
+@needs_databases
 def test_what_the_user_has_stays(home: Path) -> None:
     for name, text in (
         (".config/Thunar/uca.xml", OTHERS),
@@ -210,11 +214,13 @@ def test_where_no_package_index_is_another_python_is_an_error(
 
     other = system.Interpreter(Path("/usr/bin/python3"), (3, 99), "cpython-399-x86_64-linux-gnu")
     monkeypatch.setattr(system, "interpreter", lambda: other)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     result = perco("install", "--system", "--destdir", tmp_path / "root")
     assert result.exit_code == 1 and "cannot be had" in result.output
     assert not (tmp_path / "root/usr/local/bin").exists()
 
 
+@needs_databases
 def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed: perco desktop install" in perco("status").output
     perco("install")
@@ -350,6 +356,7 @@ def test_a_menu_that_is_gone_is_told(home: Path) -> None:
     assert result.exit_code == 1 and "our entries are not in" in result.output
 
 
+@needs_databases
 def test_a_failure_that_was_noted_is_no_fault_of_the_installation(home: Path) -> None:
     perco("install")
     noted = home / ".cache/thumbnails/fail/x/y.png"

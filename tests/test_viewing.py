@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from pillow_perco.cli import main
 @pytest.fixture
 def file(photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    # No process of its own for a test: the folder for the socket is one that the service refuses.
-    (tmp_path / "pillow-perco").mkdir()
-    (tmp_path / "pillow-perco").chmod(0o755)
+
+    def refuse() -> Path:
+        raise PermissionError("no process of its own for a test")
+
+    monkeypatch.setattr(service, "runtime_folder", refuse)
     assert service.status() is None
     path = tmp_path / "a b#ü.perco"
     pillow_perco.save(photo, path, bpp=0.002)
@@ -82,6 +84,19 @@ def test_without_a_terminal_half_blocks(file: Path) -> None:
     assert result.exit_code == 0 and [line.count("▀") for line in lines] == [12] * 4
 
 
+def test_where_a_width_is_given_rows_do_not_bound(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "24")
+    result = CliRunner().invoke(main, ["view", str(file), "--width", "90"], color=True)
+    assert result.exit_code == 0 and [line.count("▀") for line in result.output.splitlines()] == [90] * 30
+
+
+def test_standard_streams_that_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stdout"):
+            patch.setattr(sys, name, None)
+        assert terminal.detect() == "blocks" and terminal.cell_size_px() == (8, 16)
+
+
 def test_half_blocks_in_letters() -> None:
     picture = Image.new("RGB", (1, 3))
     picture.putdata([(255, 0, 0), (0, 128, 255), (1, 2, 3)])
@@ -128,7 +143,8 @@ def test_pngs_in_letters(protocol: terminal.Protocol, photo: Image.Image) -> Non
         assert picture.tobytes() == photo.tobytes()
 
 
-def test_nothing_is_larger_than_the_terminal(photo: Image.Image) -> None:
+def test_nothing_is_larger_than_the_terminal(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "cell_size_px", lambda: (8, 16))
     text = terminal.render(photo.convert("RGBA"), "sixel", 10, 5)
     assert '"1;1;80;53' in text
     assert len(terminal.render(Image.new("LA", (1, 500)), "blocks", 10, 5).splitlines()) == 5

@@ -63,7 +63,7 @@ def read(folder: Path) -> Checkpoint:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = Checkpoint(folder.name, folder, **(record | {"fingerprint": bytes.fromhex(record["fingerprint"])}))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidModel(f"{damaged} ({error})") from error
     texts = (found.source, found.revision, found.base, found.version, found.family or "")
     if not (

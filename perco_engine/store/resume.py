@@ -8,6 +8,7 @@ it, into PERCO_HOME, and moved into the hub's cache when they are whole and have
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -18,6 +19,9 @@ from ..errors import InvalidModel
 
 FOLDER = "downloading"
 """Where, in PERCO_HOME, the beginnings of files lie, under their hashes."""
+
+_STALE_S = 30 * 86400
+"""A beginning that was not added to for so long is dropped when another file is fetched."""
 
 
 def fetch_large_files(repository: str, revision: str | None, patterns: Sequence[str]) -> None:
@@ -53,6 +57,9 @@ def _fetch(url: str, name: str, sha256: str, size: int, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(f"{begun.parent}.lock"):  # processes that train together all want it
         if not target.exists():
+            for left in begun.parent.iterdir():
+                if left != begun and left.stat().st_mtime < time.time() - _STALE_S:
+                    left.unlink()
             _fetch_alone(url, name, sha256, size, begun, target)
 
 

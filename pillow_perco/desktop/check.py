@@ -1,6 +1,5 @@
 """Whether each desktop point would really work, and the command that mends what would not."""
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from perco_engine.codes import MIME_TYPE
 from perco_engine.thumbnails import cache_folder
+from perco_engine.version import __version__
 
 from . import install, points
 from .manifest import Manifest
@@ -115,10 +115,8 @@ def _database(installed: list[Place]) -> Iterator[Finding]:
 
 def _is_left_to_system(place: Place) -> bool:
     """Whether a user's installation has no thumbnailer of its own, since the system has one."""
-    with contextlib.suppress(ValueError):  # of a damaged manifest, which is told elsewhere
-        file = place.data / points.THUMBNAILER
-        return not file.exists() and install.is_left_to_system(file, place)
-    return False
+    file = place.data / points.THUMBNAILER
+    return not file.exists() and install.is_left_to_system(file, place)
 
 
 def thumbnailer_of(place: Place) -> Path | None:
@@ -142,12 +140,12 @@ def _helper(installed: list[Place]) -> Iterator[Finding]:
             yield Finding(name, "no .thumbnailer file", mend)
         elif not helper.exists():
             yield Finding(name, f"{helper} is not there", mend)
-        elif run := _does_not_run(helper):
-            yield Finding(name, f"{helper} does not run ({run})", mend)
+        elif run := _outcome([str(helper), "--version"]):
+            yield Finding(name, f"{helper} cannot be used ({run})", mend)
         elif not seen_by_sandbox(helper):
             on_gnome = "GNOME" in os.environ.get("XDG_CURRENT_DESKTOP", "").split(":")
             text = f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME"
-            mend = INSTALL if points.system_place() in installed else install_system()
+            mend = INSTALL if points.is_current(points.system_place()) else install_system()
             yield Finding(name, text, mend, fault=on_gnome)
         else:
             yield Finding(name, f"{helper} runs, in GNOME's sandbox too" + _sandboxed(helper))
@@ -164,11 +162,6 @@ def seen_by_sandbox(helper: Path) -> bool:
     return all(path.is_relative_to("/usr") or path.is_relative_to("/bin") for path in files)
 
 
-def _does_not_run(helper: Path) -> str:
-    """Why a helper does not run; "" if it does."""
-    return _outcome([str(helper), "--version"])
-
-
 def _sandboxed(helper: Path) -> str:
     """What trying it in such a sandbox shows, where bubblewrap is at hand."""
     if shutil.which("bwrap") is None:
@@ -180,11 +173,15 @@ def _sandboxed(helper: Path) -> str:
 
 
 def _outcome(command: list[str]) -> str:
+    """Why a helper that is asked for its version does not run, or is not ours; "" where it is."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
+    if run.returncode:
+        return (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
+    version = run.stdout.strip()
+    return "" if version == __version__ else f"it is of release {version}, and this is {__version__}"
 
 
 def _failures() -> Iterator[Finding]:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -27,7 +27,8 @@ RUN_NO_PERCO = (".xml", ".thumbnailer")
 def install(place: Place) -> Iterator[str]:
     """Installs or refreshes every point, and tells what was done, a line each.
 
-    Raises OSError where something cannot be written, ValueError where a file of the user's cannot be merged into.
+    Raises OSError where something cannot be written, ValueError where a file of the user's cannot be merged into; where
+    that is Thunar's, when all else is done.
     """
     manifest = Manifest.read(place.manifest, place.root)
     manifest.version = __version__
@@ -35,58 +36,91 @@ def install(place: Place) -> Iterator[str]:
     manifest.make_folder(place.state)
     if place.is_system:
         yield from system.install(place, manifest)
-    for path, (data, mode) in points.files(place).items():
-        if is_left_to_system(path, place):
-            if manifest.name(path) in manifest.written and manifest.take_out(path):
-                manifest.forget(path)
-                _remove_compiled(path)
-            continue
+    files = {path: file for path, file in points.files(place).items() if not is_left_to_system(path, place)}
+    for path, (data, mode) in files.items():
         manifest.put(path, data, mode, manifest.before_ours(path, data))
         yield f"{path}"
-    yield from _merge_thunar(place, manifest)
+    yield from _take_out_old(place, manifest, files)
+    failed: OSError | ValueError | None = None
+    try:
+        yield from _merge_thunar(place, manifest)
+    except (OSError, ValueError) as error:
+        failed = error
     yield from _refresh(place, manifest)
     manifest.save()
     if not place.is_system:
         cleared = clear_failures()
         if cleared:
             yield f"{cleared} notes of failed thumbnails removed"
+    if failed is not None:
+        raise failed
+
+
+def _take_out_old(place: Place, manifest: Manifest, files: Container[Path]) -> Iterator[str]:
+    """Takes out what was installed and is not among today's `files`: of another release, or left to the system."""
+    for path in map(manifest.place, sorted(manifest.written)):
+        kept = path in files or path == system.wrapper(place) or path.name == thunar_file(place).name
+        if not kept and manifest.take_out(path):
+            manifest.forget(path)
+            _remove_compiled(path)
+            yield f"{path}, which is not needed any more, removed"
 
 
 def uninstall(place: Place) -> Iterator[str]:
-    """Takes out what `install` put in, and tells what was done, a line each.  Raises OSError, ValueError."""
+    """Takes out what `install` put in, and tells what was done, a line each.
+
+    Raises OSError, when all else is done, where a file cannot be written, which is then still known as installed;
+    ValueError for a damaged manifest.
+    """
     if not place.manifest.exists():
         yield "nothing is installed"
         return
     manifest = Manifest.read(place.manifest, place.root)
-    menu = thunar_file(place)
-    for name in sorted(manifest.written):
-        path = manifest.place(name)
-        if manifest.take_out(path):
-            _remove_compiled(path)
-            yield f"{path}"
-        elif path == menu and (text := _without_our_actions(path)) is not None:
-            write_beside(path, text.encode(), mode=path.stat().st_mode & 0o7777)
-            yield f"{path}: our actions"
+    failed: OSError | None = None
+    for path in map(manifest.place, sorted(manifest.written)):
+        try:
+            yield _take_out(path, place, manifest)
+        except OSError as error:
+            yield f"{path} is still there: {error}"
+            failed = error
         else:
-            yield f"{path} was changed since, and stays"
+            manifest.forget(path)
     if place.is_system:
         yield from system.uninstall(place)
-    manifest.path.unlink(missing_ok=True)
-    _run_databases(place)
+    _run_databases(place, manifest)
+    if failed is None:
+        manifest.path.unlink(missing_ok=True)
+    else:
+        manifest.save()
     for database in map(manifest.place, manifest.databases):
         if not _others(database, place):
             database.unlink(missing_ok=True)
             _remove_if_empty(database.parent)
     for folder in map(manifest.place, reversed(manifest.folders)):
         _remove_if_empty(folder)
+    if failed is not None:
+        raise failed
 
 
-def _without_our_actions(menu: Path) -> str | None:
-    """Thunar's file as the user has it; None where it is none, and stays."""
+def _take_out(path: Path, place: Place, manifest: Manifest) -> str:
+    """Takes out a file, or what is ours in it, and says so."""
+    if manifest.take_out(path):
+        _remove_compiled(path)
+        return f"{path}"
+    if path == thunar_file(place) and (data := _without_our_actions(path)) is not None:
+        write_beside(path, data, mode=path.stat().st_mode & 0o7777)
+        return f"{path}: our actions"
+    return f"{path} was changed since, and stays"
+
+
+def _without_our_actions(menu: Path) -> bytes | None:
+    """Thunar's file without our actions; None where it is none or has none of them, and stays."""
     try:
-        return thunar.without_actions(menu.read_text(encoding="utf-8"))
+        data = menu.read_bytes()
+        without = thunar.without_actions(data.decode()).encode()
     except (OSError, ValueError):
         return None
+    return None if without == data else without
 
 
 def _remove_compiled(path: Path) -> None:
@@ -108,7 +142,9 @@ def is_left_to_system(path: Path, place: Place) -> bool:
         return False
     system_place = points.system_place()
     twin = system_place.data / path.relative_to(place.data)
-    if str(twin) not in Manifest.read(system_place.manifest).written or not twin.exists():
+    if not points.is_current(system_place) or not twin.exists():
+        return False
+    if str(twin) not in Manifest.read(system_place.manifest).written:
         return False
     return path.suffix in RUN_NO_PERCO or _runs_for_this_user(system_place)
 
@@ -137,7 +173,7 @@ def _merge_thunar(place: Place, manifest: Manifest) -> Iterator[str]:
         yield f"{path} is not there, so Thunar's menu is left to each user"
         return
     # The user's own file hides the system's, so a new one begins with what that has.
-    base = was or content(Path("/etc/xdg/Thunar/uca.xml")) or thunar.EMPTY.encode()
+    base = was or _shared_actions() or thunar.EMPTY.encode()
     try:
         merged = thunar.with_actions(base.decode(), points.thunar_actions(place)).encode()
         if merged != was or manifest.name(path) not in manifest.written:  # whose manifest may be lost
@@ -151,22 +187,29 @@ def _merge_thunar(place: Place, manifest: Manifest) -> Iterator[str]:
     yield f"{path}"
 
 
+def _shared_actions() -> bytes | None:
+    """Thunar's file of custom actions for users who have none: the first of those in XDG_CONFIG_DIRS."""
+    folders = map(Path, (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":"))
+    found = (content(folder / "Thunar" / "uca.xml") for folder in folders if folder.is_absolute())
+    return next((data for data in found if data is not None), None)
+
+
 def _refresh(place: Place, manifest: Manifest) -> Iterator[str]:
-    """Refreshes the databases, and remembers which files that made."""
-    before = set(_database_files(place))
-    missing = _run_databases(place)
-    new = [manifest.name(path) for path in _database_files(place) if path not in before]
-    manifest.databases = sorted({*manifest.databases, *new})
-    for command in missing:
+    """Refreshes the databases."""
+    for command in _run_databases(place, manifest):
         package = "shared-mime-info" if command == MIME_DATABASE else "desktop-file-utils"
         yield f"{command} is not installed, so its database is not refreshed: install {package}, and run this again"
 
 
-def _run_databases(place: Place) -> list[str]:
-    """Runs the refreshing commands; returns those that this machine lacks.  Not in a package: each system runs them."""
+def _run_databases(place: Place, manifest: Manifest) -> list[str]:
+    """Runs the refreshing commands, and remembers which files that made; returns those that this machine lacks.
+
+    Not in a package: each system runs them.
+    """
     missing: list[str] = []
     if place.root != Path("/"):
         return missing
+    before = set(_database_files(place))
     for command, folder in ((MIME_DATABASE, place.data / "mime"), (DESKTOP_DATABASE, place.data / "applications")):
         if not folder.is_dir() or (command == MIME_DATABASE and not (folder / "packages").is_dir()):
             continue
@@ -174,6 +217,8 @@ def _run_databases(place: Place) -> list[str]:
             missing.append(command)
         else:
             subprocess.run([command, str(folder)], check=False, capture_output=True)
+    new = [manifest.name(path) for path in _database_files(place) if path not in before]
+    manifest.databases = sorted({*manifest.databases, *new})
     return missing
 
 

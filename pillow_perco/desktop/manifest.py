@@ -102,7 +102,7 @@ class Manifest:
             return not path.exists()
         held = self.original(path)
         if held is None:
-            path.unlink()
+            path.resolve().unlink()  # a link of the user's stays
         else:
             write_beside(path, held, mode=path.stat().st_mode & 0o7777)
         return True

@@ -20,7 +20,9 @@ def convert_beside(files: Sequence[Path], to: str, bpp: str | None) -> Iterator[
             [*command, "--", *map(str, members), str(folder)], capture_output=True, text=True, check=False
         )
         if run.returncode:
-            text = run.stderr.strip() or f"perco convert ended with status {run.returncode}"
+            # What click says before it, of usage, is of no use where nobody has typed a command.
+            said = re.split("^Error: ", run.stderr, flags=re.MULTILINE)[-1].strip()
+            text = said or f"perco convert ended with status {run.returncode}"
             notify(text)
             yield text
         elif skipped := re.search(r"(\d+) skipped", run.stdout):

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from perco_engine.version import __version__
+
+from .manifest import Manifest
+
 ASSETS = next(
     folder
     for folder in (Path(__file__).parents[1] / "integrations", Path(__file__).parents[2] / "integrations")
@@ -60,8 +64,9 @@ def user_place() -> Place:
         there = next(one for one in (folder, *folder.parents) if one.exists())
         if os.geteuid() == 0 and there.stat().st_uid != 0:  # as with sudo, which may leave another user's home
             raise PermissionError(f"{there} is not this user's own: run it as its owner, or use --system")
-    system = SYSTEM_PREFIX / "bin" / "perco-thumbnailer"
-    thumbnailer = system if os.access(system, os.X_OK) else script("perco-thumbnailer")
+    system = system_place()
+    shared = is_current(system) and os.access(system.thumbnailer, os.X_OK)
+    thumbnailer = system.thumbnailer if shared else script("perco-thumbnailer")
     return Place(data, config, data / "pillow-perco", (str(script("perco")),), thumbnailer)
 
 
@@ -77,6 +82,14 @@ def system_place(prefix: Path | None = None, destination: Path | None = None) ->
     state = inside / "lib" / "pillow-perco"
     perco = (str(script("perco")),)
     return Place(inside / "share", root / "etc" / "xdg", state, perco, helper, is_system=True, root=root)
+
+
+def is_current(system: Place) -> bool:
+    """Whether a system-wide installation is of this release: another one's previews are not of this one's files."""
+    try:
+        return Manifest.read(system.manifest).version == __version__
+    except ValueError:  # damaged, which `check` tells
+        return False
 
 
 def _xdg(variable: str, default: str) -> Path:

@@ -66,6 +66,11 @@ def app_folder(place: Place) -> Path:
     return place.state / "app"
 
 
+def wrapper(place: Place) -> Path:
+    """The command of an installation that file managers run."""
+    return place.state.parents[1] / "bin" / "perco-thumbnailer"
+
+
 def install(place: Place, manifest: Manifest) -> Iterator[str]:
     """Builds the folder, tries it out, puts it in place of the one that was there, and writes the wrapper.
 
@@ -78,6 +83,8 @@ def install(place: Place, manifest: Manifest) -> Iterator[str]:
         new.mkdir()
         _bring_packages(new, python)
         _bring_ours(new)
+        is_package = place.root != Path("/")
+        models = [] if is_package else _bring_models(new)  # those of whoever builds a package are not for others
         subprocess.run(
             [python.path, "-ISm", "compileall", "-q", "--invalidation-mode", "unchecked-hash", new],
             check=True, capture_output=True,
@@ -90,7 +97,9 @@ def install(place: Place, manifest: Manifest) -> Iterator[str]:
         new.rename(app)
     size_bytes = sum(path.stat().st_size for path in app.rglob("*") if path.is_file())
     yield f"{app}: {size_bytes / 1e6:.0f} MB for {python.path}"
-    wrapper = place.state.parents[1] / "bin" / "perco-thumbnailer"
+    if not is_package:  # under sudo the folder is root's
+        others = f"{', '.join(models) or 'no other'} of {weights.models_folder()}"
+        yield f"{app}: previews of the embedded model, and of {others}"
     home = place.thumbnailer.parents[1] / "lib" / "pillow-perco" / "app"
     text = (
         f"#!{python.path} -ISB\n"
@@ -99,8 +108,9 @@ def install(place: Place, manifest: Manifest) -> Iterator[str]:
         f"from perco_engine.thumbnailer import main\n\n"
         f"sys.exit(main())\n"
     ).encode()
-    manifest.put(wrapper, text, 0o755, manifest.before_ours(wrapper, text))
-    yield f"{wrapper}"
+    command = wrapper(place)
+    manifest.put(command, text, 0o755, manifest.before_ours(command, text))
+    yield f"{command}"
 
 
 def uninstall(place: Place) -> Iterator[str]:
@@ -143,7 +153,7 @@ def _copy_package(name: str, app: Path) -> None:
 
 
 def _bring_ours(app: Path) -> None:
-    """Copies of perco_engine what runs without torch, and of each model what its previews need."""
+    """Copies of perco_engine what runs without torch, and what previews of the embedded model need."""
     source, target = Path(perco_engine.__file__).parent, app / "perco_engine"
     for pattern in OURS:
         for path in source.glob(pattern):
@@ -151,6 +161,11 @@ def _bring_ours(app: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     preview_networks.export(source / "embedded", target / "embedded")
+
+
+def _bring_models(app: Path) -> list[str]:
+    """Copies what previews of the models in this user's store need; returns the names of those that have it."""
+    brought = []
     for one in checkpoint.installed(weights.models_folder()):
         folder = app / "store" / "models" / one.name
         try:
@@ -166,6 +181,8 @@ def _bring_ours(app: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             shutil.copyfile(one.folder / checkpoint.RECORD, folder / checkpoint.RECORD)
+            brought.append(one.name)
+    return brought
 
 
 def _try_out(app: Path, python: Interpreter) -> None:
