@@ -137,7 +137,7 @@ class Engine:
         bpp: nominal bits a pixel of the hyper-latent; the nearest rate point is taken (default: 0.03, or whatever is
             best within max_bytes).
         max_bytes: hard limit on the whole file: the highest rate point (up to bpp, if given) that fits; of a ladder,
-            also with codes that are chosen for fewer bits.
+            also with codes that are chosen for fewer bits, as long as they are worth more than the rate below.
         caption: text stored with the picture, at most 4096 bytes of UTF-8; "": none, None: the captioner's, if any.
             One for all pictures, or one for each.
         captioner: writes the captions where `caption` is None: whatever `get_captioner` takes.  A model that it names

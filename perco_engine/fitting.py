@@ -6,6 +6,8 @@
 What comes later is kept if it fits as well.
 """
 
+import functools
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,8 +27,8 @@ from .search import THRIFTS, search, usual_steps
 if TYPE_CHECKING:
     from .engine import Engine
 
-MOST_SAVED = 0.5
-"""The share of a stream of indices that the dearest bits may save."""
+MOST_SAVED = 0.3
+"""The share of a stream of indices that dearer bits save, at most, as long as they are worth it."""
 
 WORTHWHILE = 1.15
 """How many times as large a stream must be as that of a level less, to show a better picture in spite of dear bits."""
@@ -75,27 +77,31 @@ def _ever_coarser(mask: AlphaMask | None, image: Image.Image) -> Iterator[AlphaM
 
 
 def _ever_smaller(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) -> Iterator[Fitted]:
-    """The codes, then those that dearer bits lead to, then the same with a level less, down to the lowest."""
+    """The codes, then some of dearer bits that fit, then the same with a level less, down to the lowest."""
     data = engine.pack(codes)
     while True:
         yield codes, data
-        level, stream_bytes = len(codes.indices) - 1, _stream_bytes(data)
-        within_reach = len(data) - max_bytes <= MOST_SAVED * stream_bytes
-        fewer, least_bytes = codes, 0.0
-        if level > 0:
-            fewer = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
-            data = engine.pack(fewer)
-            least_bytes = WORTHWHILE * _stream_bytes(data)
-        if within_reach and isinstance(engine.pipeline.hyper_enc, HyperLadder):
-            for thrift in THRIFTS:
-                dearer = replace(codes, indices=engine.indices([image], level, thrift)[0])
-                file = engine.pack(dearer)
-                if _stream_bytes(file) < least_bytes:
-                    break
-                yield dearer, file
-        if level == 0:
+        if len(codes.indices) == 1:
             return
-        codes = fewer
+        fewer = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
+        file = engine.pack(fewer)
+        if len(data) - max_bytes <= MOST_SAVED * _stream_bytes(data):
+            dearer = _dearer(engine, codes, image, max_bytes)
+            if dearer is not None and _stream_bytes(dearer[1]) >= WORTHWHILE * _stream_bytes(file):
+                yield dearer
+        codes, data = fewer, file
+
+
+def _dearer(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) -> Fitted | None:
+    """The codes of a ladder at the same rate point with bits that are dear enough; None where none of THRIFTS is."""
+
+    @functools.cache
+    def chosen(thrift: float) -> Fitted:
+        dearer = replace(codes, indices=engine.indices([image], len(codes.indices) - 1, thrift)[0])
+        return dearer, engine.pack(dearer)
+
+    least = bisect_left(THRIFTS, True, key=lambda thrift: len(chosen(thrift)[1]) <= max_bytes)
+    return chosen(THRIFTS[least]) if least < len(THRIFTS) else None
 
 
 def _stream_bytes(data: bytes) -> int:

@@ -119,6 +119,10 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
                 raise InvalidModel(f"{index} names weights that are not in safetensors, which are not opened")
         options = {"use_safetensors": True, "output_loading_info": True}
         if name == "text_encoder":
+            if "transformers_weights" in read_json(path / "config.json") or (path / "adapter_config.json").exists():
+                raise InvalidModel(
+                    f"{path} has its weights elsewhere, or an adapter: merge it, and save it as one model"
+                )
             options["dtype"] = torch_dtype
         else:
             options |= {"torch_dtype": torch_dtype, "low_cpu_mem_usage": is_accelerate_available()}

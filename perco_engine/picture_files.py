@@ -1,6 +1,7 @@
 """Pictures as files of any format that Pillow knows: which can be read and written, photos in, decoded pictures out."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,18 +145,24 @@ def picture_bytes(picture: Image.Image, kind: str, metadata: Metadata | None = N
         options["sizes"] = [picture.size]
     if kind in DROPS_OPACITY:
         picture = _on_white(picture)
+    try:
+        return _saved(picture, kind, options)
+    except (OSError, ValueError):
+        if picture.mode != "RGBA":
+            raise
+        return _saved(_on_white(picture), kind, options)
+
+
+def _saved(picture: Image.Image, kind: str, options: Mapping[str, Any]) -> bytes:
+    """The file of a picture, as Pillow writes it."""
     written = io.BytesIO()
     try:
         picture.save(written, kind, **options)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         if "data is too long" in str(error):  # of JPEG's segments of 64 KB
-            raise ValueError(
-                f"{error} for {kind}: write another format, such as PNG, or leave the metadata out"
-            ) from error
-        if picture.mode != "RGBA":
-            raise
-        written = io.BytesIO()
-        _on_white(picture).save(written, kind, **options)
+            advice = "write another format, such as PNG, or leave the metadata out"
+            raise ValueError(f"{error} for {kind}: {advice}") from error
+        raise
     return written.getvalue()
 
 

@@ -89,10 +89,10 @@ def _ask() -> bytes:
     return answer
 
 
-def render(picture: Image.Image, protocol: Protocol, columns: int, rows: float, true_colour: bool = True) -> str:
+def render(picture: Image.Image, protocol: Protocol, columns: int, rows: int, true_colour: bool = True) -> str:
     """The picture as the text that shows it within so many columns and rows, a line break at its end.
 
-    rows: math.inf where the width alone counts.  true_colour: for half blocks; False: the 256 colours of xterm.
+    true_colour: for half blocks; False: the 256 colours of xterm.
     Opacity is shown on black.
     """
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")).convert("RGB")
@@ -120,7 +120,7 @@ def cell_size_px() -> tuple[int, int]:
     return 8, 16
 
 
-def _within(picture: Image.Image, width: int, height: float, larger: bool = False) -> Image.Image:
+def _within(picture: Image.Image, width: int, height: int, larger: bool = False) -> Image.Image:
     scale = min(width / picture.width, height / picture.height)
     if scale >= 1 and not larger:
         return picture

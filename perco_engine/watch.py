@@ -16,7 +16,7 @@ from .printable import printable
 
 POLL_SECONDS = 0.5
 
-REST = 10
+REST, MOST_REST_SECONDS = 10, 30.0
 """After a look nobody looks again for so many times as long as it took: a large folder keeps no processor busy."""
 
 SETTLED_SECONDS = 2.0
@@ -67,7 +67,7 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
                 yield Task(one.path, target, one.problem or _problem(target, owner, one.path, overwrite))
                 start = time.monotonic()  # who took the task may have waited for room
         first = False
-        time.sleep(max(POLL_SECONDS, REST * (time.monotonic() - start)))
+        time.sleep(min(max(POLL_SECONDS, REST * (time.monotonic() - start)), MOST_REST_SECONDS))
 
 
 def _is_settled(one: Source, state: State, changing: dict[Path, tuple[State, float]]) -> bool:

@@ -1,6 +1,5 @@
 """`perco view` and `perco service`."""
 
-import math
 import os
 import shutil
 import sys
@@ -15,6 +14,9 @@ from perco_engine.terminal import PROTOCOLS, Protocol, is_terminal
 
 from .cli_options import FILE_MODEL, INPUT, SEED
 from .desktop.menu import notify
+
+MOST_ROWS = 1000
+"""In the terminal, of a picture whose width is asked for."""
 
 
 @click.command()
@@ -44,7 +46,7 @@ def view(
         return
     picture = viewing.decoded(file, steps=steps, seed=seed, model=model)
     columns, lines = shutil.get_terminal_size()
-    rows = math.inf if width else max(1, lines - 1)
+    rows = MOST_ROWS if width else max(1, lines - 1)
     true_colour = os.environ.get("COLORTERM", "truecolor") in ("truecolor", "24bit")
     with Image.open(picture) as image:
         text = terminal.render(image, protocol or terminal.detect(), width or columns, rows, true_colour)

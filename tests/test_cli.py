@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 import pillow_perco
 from perco_engine import get_engine, preview
 from perco_engine.codes import Metadata
+from perco_engine.picture_files import picture_bytes
 from perco_engine.thumbnails import cache_paths, uri
 from pillow_perco.cli import main
 
@@ -283,6 +284,12 @@ def test_an_icon_has_the_size_of_the_picture(photo: Image.Image, tmp_path: Path)
     assert result.exit_code == 1 and "at most 256 pixels" in result.output and not (tmp_path / "y.ico").exists()
     result = perco("decode", tmp_path / "x.perco", tmp_path / "y.icns")  # whose icons are squares
     assert result.exit_code == 1 and "no picture format" in result.output and not (tmp_path / "y.icns").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_metadata_that_a_format_has_no_room_for_are_told(mode: str, photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match="EXIF data is too long for JPEG: write another format, such as PNG"):
+        picture_bytes(photo.convert(mode), "JPEG", Metadata(exif=b"II*\0" + bytes(70_000)))
 
 
 def read_but_not_written() -> bytes:

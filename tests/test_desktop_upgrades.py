@@ -97,7 +97,8 @@ def test_what_this_release_does_not_have_is_taken_out(home: Path, monkeypatch: p
     actions = home / ".local/share/nemo/actions"
     (actions / "pillow-perco-changed.nemo_action").write_text("[Nemo Action]\n")
     assert (actions / "pillow-perco-former.nemo_action").exists()
-    perco("install")
+    assert "changed.nemo_action is not needed any more; it was changed since, and stays" in perco("install").output
+    assert "pillow-perco-changed" not in points.user_place().manifest.read_text()
     (actions / "pillow-perco-changed.nemo_action").unlink()
     perco("install")
     assert snapshot(home) == before

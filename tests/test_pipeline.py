@@ -346,6 +346,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other shapes": (lambda f: edit_json(f / "hyper_enc" / "config.json", cfg_cs=64), "hyper_enc"),
     "other rate": (lambda f: edit_json(f / "hyper_enc" / "config.json", cfg_ss=64), "hyper_enc"),
     "too few layers": (lambda f: edit_json(f / "vae" / "config.json", layers_per_block=2), "do not fit"),
+    "an adapter": (lambda f: (f / "text_encoder" / "adapter_config.json").write_text("{}"), "an adapter"),
+    "weights elsewhere": (
+        lambda f: edit_json(f / "text_encoder" / "config.json", transformers_weights="x"),
+        "elsewhere",
+    ),
     "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", num_hidden_layers=3), "do not fit"),
 }
 

@@ -397,10 +397,11 @@ process = multiprocessing.get_context("fork").Process(target=child, args=(queue,
 process.start()
 process.join(60)
 free.set()
-if process.is_alive():
+if process.exitcode != 0:
     queue.put(b"")
 process.kill()
-print(max(abs(a - b) for a, b in zip(queue.get(), whole, strict=True)) <= 1)  # on another number of threads
+seen = queue.get()
+print(len(seen) == len(whole) and max(abs(a - b) for a, b in zip(seen, whole)) <= 1)  # on another number of threads
 """
 
 
@@ -410,7 +411,7 @@ def test_a_forked_worker_decodes_while_its_parent_does(photo: Image.Image, tmp_p
     path = tmp_path / "x.perco"
     photo.save(path, effort=0)
     command = [sys.executable, "-W", "ignore", "-c", FORKED, path]
-    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "True\n"
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300).stdout == "True\n"
 
 
 def test_what_a_captioner_says_is_not_taken_for_the_networks(photo: Image.Image) -> None:

@@ -149,6 +149,8 @@ def test_a_stage_goes_on_in_a_copy_of_its_folder(
         ("ladder", ("", ""), "joint: networks of ladder '.{12}' there, 'yet to be made' now", STAGES[2:]),
         ("joint/finished", ("", ""), "than there are now .text: networks of joint", STAGES[3:]),
         ("text", ("", ""), "goes on", ()),
+        ("text/finished", ("vocabulary = 1000", "vocabulary = 1001"), "text: vocabulary 1000 there", STAGES[3:4]),
+        ("joint/finished", ("steps = 5", "steps = 6"), "than there are now .text: networks of joint", STAGES[3:]),
         ("none", ("steps = 5", "steps = 6"), "joint: steps 5 there, 6 now; text: networks of joint", STAGES[2:]),
         ("none", ("sample", "seed = 1\nsample"), "autoencoder: seed 0 there, 1 now", STAGES),
         ("none", ("start = .*", ""), "autoencoder: start '.{12}' there, None now", STAGES),

@@ -45,7 +45,7 @@ from .denoising import (
     some_timesteps,
     walk,
 )
-from .embedded_settings import STAGES, Embedded, StageName
+from .embedded_settings import STAGES, Clock, Embedded, StageName
 from .journal import Tell
 from .photos import random_crop
 from .prior import train_prior
@@ -94,7 +94,7 @@ def train(settings: Embedded, tell: Tell = print) -> Path:
                 say(f"{name}: is done")
                 continue
             say(f"{name}: on {accelerator.device}, {len(run.source.names)} photos")
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and run.is_new(name):
                 begun.keep(run.folder(name), begun_with(run, name) | asdict(getattr(settings, name)))
             torch.manual_seed(settings.seed)
             TRAIN[name](run)
@@ -111,9 +111,9 @@ def check_stages(run: Run) -> None:
     """
     again: dict[StageName, str] = {}
     for name in run.settings.stages:
-        now = begun_with(run, name, again)
-        if run.is_done(name):
-            now |= asdict(getattr(run.settings, name))
+        now = begun_with(run, name, again) | asdict(getattr(run.settings, name))
+        if not run.is_done(name):  # it may take another time
+            now = {key: value for key, value in now.items() if key not in Clock.__annotations__}
         if told := begun.differing(run.folder(name), now):
             again[name] = f"{name}: {told}"
     if again:

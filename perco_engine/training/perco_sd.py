@@ -19,7 +19,7 @@ from ..pipeline import PercoPipeline
 from ..prompts import embed
 from . import begun, lpips, networks
 from .captions import Captioned
-from .checkpoints import Checkpoints, Progress, check_gradient
+from .checkpoints import Checkpoints, Progress, check_gradient, found
 from .crops import Crop, Crops, collate
 from .journal import Journal, Tell
 from .objective import PercoObjective, draw
@@ -131,7 +131,9 @@ def check(settings: PercoSd) -> None:
 
     Raises InvalidSettings, also where the run was begun with other settings that last.
     """
-    begun.check(settings.run, lasting(settings))
+    now = lasting(settings)
+    if found(settings.run / "checkpoints"):
+        begun.check(settings.run, now)
     networks.check_base(settings.model)
     if settings.validation is not None:
         open_photos(settings.validation, settings.data)
@@ -154,7 +156,6 @@ def lasting(settings: PercoSd) -> dict[str, Any]:
     start = settings.model.hyper_encoder
     return {
         "recipe": settings.recipe,
-        "model.base": Path(settings.model.base).name,
         "model.hyper_encoder": None if start is None else asdict(start),
         "objective.prediction": settings.objective.prediction,
         "learn": asdict(settings.learn),

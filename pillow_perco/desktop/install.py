@@ -60,16 +60,20 @@ def _take_out_old(place: Place, manifest: Manifest, files: Container[Path]) -> I
     """Takes out what was installed and is not among today's `files`: of another release, or left to the system."""
     for path in map(manifest.place, sorted(manifest.written)):
         kept = path in files or path == system.wrapper(place) or path.name == thunar_file(place).name
-        if not kept and manifest.take_out(path):
-            manifest.forget(path)
+        if kept:
+            continue
+        if manifest.take_out(path):
             _remove_compiled(path)
             yield f"{path}, which is not needed any more, removed"
+        else:
+            yield f"{path} is not needed any more; it was changed since, and stays"
+        manifest.forget(path)
 
 
 def uninstall(place: Place) -> Iterator[str]:
     """Takes out what `install` put in, and tells what was done, a line each.
 
-    Raises OSError, when all else is done, where a file cannot be written, which is then still known as installed;
+    Raises OSError, when all else is done, where something cannot be taken out, which is then still known as installed;
     ValueError for a damaged manifest.
     """
     if not place.manifest.exists():
@@ -85,8 +89,11 @@ def uninstall(place: Place) -> Iterator[str]:
             failed = error
         else:
             manifest.forget(path)
-    if place.is_system:
-        yield from system.uninstall(place)
+    try:
+        if place.is_system:
+            yield from system.uninstall(place)
+    except OSError as error:
+        failed = error
     _run_databases(place, manifest)
     if failed is None:
         manifest.path.unlink(missing_ok=True)
