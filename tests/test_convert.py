@@ -457,7 +457,7 @@ def test_failures_in_a_watched_folder_stay_on_the_screen(monkeypatch: pytest.Mon
 
 def test_progress_in_a_terminal(photos: Path) -> None:
     ours, theirs = pty.openpty()
-    with subprocess.Popen([*COMMAND, "in", "out"], stdout=subprocess.PIPE, stderr=theirs) as process:
+    with subprocess.Popen([*COMMAND, "in", "out", "--effort", "0"], stdout=subprocess.PIPE, stderr=theirs) as process:
         os.close(theirs)
         shown = written_to(ours)
     assert process.returncode == 1
@@ -479,7 +479,7 @@ def test_as_a_user_without_rights(photo: Image.Image, tmp_path: Path) -> None:
     environment = {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": OUR_PATH}
 
     def run_as_nobody(*arguments: object) -> int:
-        command = [python, "-m", "pillow_perco.cli", "convert", *map(str, arguments)]
+        command = [python, "-m", "pillow_perco.cli", "convert", "--effort", "0", *map(str, arguments)]
         return subprocess.run(command, user=65534, group=65534, env=environment, cwd="/", check=False).returncode
 
     with reachable(tmp_path):
