@@ -41,7 +41,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image), nan=0)
+        values = np.asarray(image)
+        if image.mode == "F":
+            values = np.nan_to_num(values, nan=0)
         if image.mode.startswith("I;16") or (image.mode == "I" and values.size and values.max() > MOST_OF_8_BITS):
             levels = (values.clip(0, 65535).astype(np.uint32) + 128) // 257
         elif image.mode == "F" and values.size and values.min() >= 0 and values.max() <= 1:

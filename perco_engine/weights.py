@@ -68,7 +68,7 @@ REGISTRY = (
 """The models that files may name.  No id is given twice: 1 to 9 were of embedded weights before the first release."""
 
 
-_WEIGHT_FILES = {
+WEIGHT_FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "hyper_enc": "diffusion_pytorch_model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
@@ -193,7 +193,7 @@ def _weight_files(folder: Path) -> Iterator[str]:
     from .bitstream.prior import PRIOR_FILE  # with numpy, which opening a file spares
 
     components = _read_object(folder / "model_index.json")
-    for name, file in _WEIGHT_FILES.items():
+    for name, file in WEIGHT_FILES.items():
         if components.get(name) in (None, [None, None]):
             continue
         shards = _read_object(folder / name / f"{file}.index.json").get("weight_map")

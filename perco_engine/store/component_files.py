@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..errors import InvalidModel
 from ..model_folder import read_json
+from ..weights import WEIGHT_FILES
 
 WEIGHTLESS = ("scheduler", "tokenizer")
 """Components that are configuration alone."""
@@ -50,7 +51,8 @@ def bring_documents(source: Path, target: Path) -> None:
 
 def stems(name: str) -> tuple[str, str]:
     """What a component's weights are called, without the suffix: in safetensors, and pickled."""
-    return ("model", "pytorch_model") if name == "text_encoder" else ("diffusion_pytorch_model",) * 2
+    stem = WEIGHT_FILES[name].removesuffix(SAFETENSORS)
+    return stem, "pytorch_model" if name == "text_encoder" else stem
 
 
 def is_there(folder: Path, name: str) -> bool:
