@@ -136,9 +136,9 @@ def _search_tile(
 
     def lost(codes: list[Tensor]) -> Tensor:
         estimate = torch.zeros_like(latents)
-        for rung, code in zip(rungs, codes, strict=True):
-            estimate = rung.decode(code, estimate)
         with half_precision(latents.device):
+            for rung, code in zip(rungs, codes, strict=True):
+                estimate = rung.decode(code, estimate)
             features = ladder.with_level(estimate, level).to(pipeline.unet.dtype)
             decoded = denoise(pipeline, noise, features, text, None, 1, 1.0)
             picture = 2 * pipeline.decode_latents(decoded, *photo.shape[-2:]) - 1

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -31,6 +30,8 @@ class FeatureDistance(nn.Module):
         self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self._fold_normalisations()
         self.requires_grad_(False)
+        # depthwise convolutions are nearly twice as fast on a CPU with the channels last
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _fold_normalisations(self) -> None:
         """Puts batch normalisations into the convolutions before them: the same numbers in less than half the time."""
@@ -44,6 +45,7 @@ class FeatureDistance(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The activations before every change of resolution, and the last ones."""
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.net._swish(self.net._bn0(self.net._conv_stem(x)))
         kept = [x]
         for block in self.net._blocks:
@@ -69,7 +71,13 @@ class FeatureDistance(nn.Module):
         """The distance of two batches by their features: a scalar."""
         return torch.stack(
             [
-                (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).pow(2).sum(1).mean()
+                (_of_unit_length(a) - _of_unit_length(b)).square().sum(1).mean()
                 for a, b in zip(ours, theirs, strict=True)
             ]
         ).sum()
+
+
+def _of_unit_length(features: Tensor) -> Tensor:
+    """F.normalize along the channels, where they are last: that takes its norms a place at a time."""
+    features = features.float()
+    return features * features.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()

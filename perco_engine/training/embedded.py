@@ -153,7 +153,7 @@ def train_autoencoder(run: Run) -> None:
             vae.fit_synthesis(vae.analysis(half), half)
     vae.analysis.requires_grad_(False)
     vae.synthesis.requires_grad_(False)
-    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    distance = FeatureDistance().to(run.accelerator.device)  # before the stage restores random numbers
     stage = Stage(run, "autoencoder", {"vae": channels_last(vae)})
     data = stage.crops(run.settings.autoencoder.batch_size, run.settings.autoencoder.side)
     vae.train()
@@ -290,7 +290,7 @@ def train_joint(run: Run) -> None:
     modules: dict[str, nn.Module] = {"vae": vae, "ladder": ladder, "unet": unet}
     freeze_text(run, unet)
     # Made before the stage restores random numbers: making them draws some.
-    distances = [channels_last(FeatureDistance(kind)).to(run.accelerator.device) for kind in settings.features]
+    distances = [FeatureDistance(kind).to(run.accelerator.device) for kind in settings.features]
     stage = Stage(run, "joint", {k: channels_last(m) for k, m in modules.items()})
     vae.eval()
     ladder.train(not settings.frozen_codes)

@@ -187,7 +187,7 @@ def train_text(run: Run) -> None:
     settings = run.settings.text
     vae, deviation = autoencoder(run, "joint", "autoencoder")
     ladder: HyperLadder = channels_last(run.begun(("joint", "ladder"), "hyper_enc")).to(run.accelerator.device)
-    distance = channels_last(FeatureDistance()).to(run.accelerator.device)  # before the stage restores random numbers
+    distance = FeatureDistance().to(run.accelerator.device)  # before the stage restores random numbers
     parts = beginning(run, distance)
     tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"].requires_grad_(True)
     unet = with_text(run.begun(("joint",), "unet")).requires_grad_(False)
