@@ -35,6 +35,8 @@ def save(image: Image.Image, path: str | bytes | os.PathLike[str], **options: An
     """Saves like `image.save(path, "PERCO", **options)`, but never harms the file that was there.
 
     The picture is encoded first, written beside `path` (or beside what that links to), and renamed onto it.
+    options: those of `perco_engine.Engine.encode_batch` (bpp, max_bytes, caption, effort, ...), but exif, icc_profile
+    and xmp (bytes) in place of metadata; and model and device, as `perco_engine.get_engine` takes them.
     Raises what `image.save` would raise.
     """
     image.load()

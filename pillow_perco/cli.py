@@ -20,7 +20,7 @@ from .cli_convert import EXIT_INTERRUPTED, convert
 from .cli_desktop import desktop
 from .cli_evaluate import compare_captions, evaluate, find_peers, select_coco
 from .cli_models import models
-from .cli_options import BPP, EFFORT, FILE_MODEL, INPUT, MAX_BYTES, MODEL, OUTPUT, SEED, SEED_NUMBER
+from .cli_options import BPP, EFFORT, FILE_MODEL, GUIDANCE, INPUT, MAX_BYTES, MODEL, OUTPUT, SEED, SEED_NUMBER, STEPS
 from .cli_train import train
 from .cli_view import service, view
 from .PercoImagePlugin import describe
@@ -114,7 +114,11 @@ def fill_cache(file: Path, model: str, wanted: bool | None) -> None:
 @click.option("--seed", type=SEED_NUMBER, help="Seed of the noise that decoding starts from.")
 @EFFORT
 @click.option(
-    "--best-of", type=int, default=1, help="Try so many seeds, keep the one that decodes nearest to the photo."
+    "--best-of",
+    type=click.IntRange(1, 129),
+    default=1,
+    show_default=True,
+    help="Try so many seeds, keep the one that decodes nearest to the photo.",
 )
 @MODEL
 @click.option("--no-alpha", is_flag=True, help="Drop opacity.")
@@ -145,8 +149,10 @@ def encode(
 @main.command()
 @click.argument("source", type=INPUT)
 @click.argument("target", type=OUTPUT)
-@click.option("--steps", type=click.IntRange(0), help="Denoising steps (0: the hyper-latent's own estimate).")
-@click.option("--guidance", type=float, help="Guidance scale, for models that read captions.")
+@click.option(
+    "--steps", type=STEPS, help="Denoising steps (0: the hyper-latent's own estimate).  [default: the model's]"
+)
+@click.option("--guidance", type=GUIDANCE, help="Guidance scale, for models that read captions.")
 @SEED
 @click.option("--max-size", type=click.IntRange(1), help="Longer side of the result, in pixels, at most.")
 @FILE_MODEL

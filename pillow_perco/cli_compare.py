@@ -25,7 +25,9 @@ from .cli_options import EFFORT, INPUT, MODEL, OUT, OUTPUT, listed, tell
 @click.option(
     "--metrics", metavar="A,B,...", help="psnr,ms_ssim,lite0,lite2,lpips,dists  [default: psnr,ms_ssim,lite2]"
 )
-@click.option("--by", metavar="METRIC", help="Classical files are the best by this.  [default: the feature distance]")
+@click.option(
+    "--by", metavar="METRIC", help="Classical files are the best by this.  [default: lite2, else lite0, ms_ssim, psnr]"
+)
 @click.option("--peers", type=OUT, help="Folder that keeps the classical files that were tried, for other runs.")
 @EFFORT
 def compare(

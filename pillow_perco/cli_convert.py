@@ -22,7 +22,7 @@ from perco_engine.errors import ConversionError, PercoError
 from perco_engine.printable import printable, some
 from perco_engine.terminal import is_terminal
 
-from .cli_options import BPP, EFFORT_OF_ENCODING, MAX_BYTES, MODEL, SEED_NUMBER
+from .cli_options import BPP, EFFORT_OF_ENCODING, GUIDANCE, MAX_BYTES, MODEL, SEED_NUMBER, STEPS
 from .progress import Progress
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -57,9 +57,9 @@ DECODING = {"steps": "--steps", "guidance_scale": "--guidance"}
 @click.option("--no-sidecars", is_flag=True, help="To .perco: don't look for .txt files.")
 @click.option("--captioner", metavar="MODEL", help="To .perco: what writes the captions that are not there.")
 @EFFORT_OF_ENCODING
-@click.option("--steps", type=click.IntRange(0), help="From .perco: denoising steps.")
+@click.option("--steps", type=STEPS, help="From .perco: denoising steps.  [default: the model's]")
 @click.option(
-    "--guidance", "guidance_scale", type=float, help="From .perco: guidance scale, for models that read captions."
+    "--guidance", "guidance_scale", type=GUIDANCE, help="From .perco: guidance scale, for models that read captions."
 )
 @click.option("--seed", type=SEED_NUMBER, help="Of the noise that decoding starts from.")
 @click.option("--keep-metadata", is_flag=True, help="Take EXIF and XMP along.")

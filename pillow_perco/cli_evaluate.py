@@ -13,7 +13,9 @@ from .cli_options import EFFORT, FOLDER, MODEL, OUT, listed, tell
 @MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
 @click.option("--steps", metavar="A,B,...", help="Denoising steps, a decode each.  [default: the model's]")
-@click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
+@click.option(
+    "--metrics", metavar="A,B,...", help="psnr,ms_ssim,lite0,lite2,lpips,dists, fid...  [default: all that can be had]"
+)
 @click.option("--against", metavar="A,B,...", help="Classical formats in the same bytes: jpeg,webp,avif,jxl. Slow.")
 @click.option("--peers", type=OUT, help="Keeps the classical files that were tried, for other runs.  [default: in OUT]")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that look for them.")
@@ -48,7 +50,9 @@ def evaluate(
 @click.option("--bpp", required=True, metavar="A,B,...", help="Bits per pixel of whole files, at most.")
 @click.option("--keep", required=True, type=OUT, help="Folder that keeps what was tried, for other runs.")
 @click.option("--against", metavar="A,B,...", default="jpeg,webp,avif,jxl", show_default=True, help="Formats.")
-@click.option("--metrics", metavar="A,B,...", help="Names as in the results.  [default: all that can be had]")
+@click.option(
+    "--metrics", metavar="A,B,...", help="psnr,ms_ssim,lite0,lite2,lpips,dists, fid...  [default: all that can be had]"
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that search.")
 def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | None, jobs: int) -> None:
     """Find the best JPEG, WebP, AVIF and JPEG XL files of the photos of FOLDER at given rates, and print their means.
@@ -69,8 +73,20 @@ def find_peers(folder: Path, bpp: str, keep: Path, against: str, metrics: str | 
 @click.option("--out", required=True, type=OUT, help="Folder of the results.")
 @MODEL
 @click.option("--bpp", metavar="A,B,...", help="Nominal rates.  [default: all of the model's]")
-@click.option("--captioner", default="tags", show_default=True, help="For photos without a .txt file beside them.")
-@click.option("--metrics", metavar="A,B,...", default="lite0,lite2", show_default=True, help="Names as in the results.")
+@click.option(
+    "--captioner",
+    metavar="MODEL",
+    default="tags",
+    show_default=True,
+    help="For photos without a .txt file beside them.",
+)
+@click.option(
+    "--metrics",
+    metavar="A,B,...",
+    default="lite0,lite2",
+    show_default=True,
+    help="psnr,ms_ssim,lite0,lite2,lpips,dists",
+)
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many photos.")
 def compare_captions(
     folder: Path, out: Path, model: str, bpp: str | None, captioner: str, metrics: str, limit: int | None

@@ -12,6 +12,8 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 BPP = click.FloatRange(0, min_open=True)
 MAX_BYTES = click.IntRange(1)
 SEED_NUMBER = click.IntRange(0, 2**32 - 1)
+STEPS = click.IntRange(0, 1000)
+GUIDANCE = click.FloatRange(0)
 MODEL = click.option(
     "--model", default="embedded", show_default=True, help="The name of a model (perco models list), or a model folder."
 )

@@ -12,7 +12,7 @@ from perco_engine.errors import PercoError
 from perco_engine.printable import printable
 from perco_engine.terminal import PROTOCOLS, Protocol, is_terminal
 
-from .cli_options import FILE_MODEL, INPUT, SEED
+from .cli_options import FILE_MODEL, INPUT, SEED, STEPS
 from .desktop.menu import notify
 
 MOST_ROWS = 1000
@@ -24,7 +24,7 @@ MOST_ROWS = 1000
 @click.option("--terminal", "in_terminal", is_flag=True, help="Show it here, in the terminal.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="For the terminal.  [default: what it says it can]")
 @click.option("--width", type=click.IntRange(1), help="For the terminal: columns.  [default: all]")
-@click.option("--steps", type=click.IntRange(0), help="Denoising steps.")
+@click.option("--steps", type=STEPS, help="Denoising steps.  [default: the model's]")
 @SEED
 @FILE_MODEL
 def view(
