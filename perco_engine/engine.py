@@ -22,7 +22,7 @@ from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
 from .devices import best_dtype, cache, usable_device, weights_bytes
-from .errors import InvalidModel, LimitExceeded
+from .errors import InvalidModel, LimitExceeded, ModelUnavailable
 from .family import FamilyEngine
 from .fitting import fitted
 from .locks import Lock
@@ -276,7 +276,14 @@ class Engine:
         return [image for image in images if image is not None]
 
     def codes(self, data: bytes, *, allow_truncated: bool = False) -> Codes:
-        """What the bytes of a file of this model say.  Raises BitstreamError, UnsupportedRatePoint."""
+        """What the bytes of a file of this model say.
+
+        Raises BitstreamError, UnsupportedRatePoint, ModelUnavailable for a file of another model.
+        """
+        header = bitstream.read_header(data, allow_truncated=allow_truncated)
+        if header.model != self.reference:
+            other = weights.find_for_file(header.model, header.rate_point)
+            raise ModelUnavailable(f"the file is of another model, {other.name!r}: get_engine_for gives its engine")
         return self.model.codes(
             data, self._file_rate_points, prior=self.prior, coder=CODER, allow_truncated=allow_truncated
         )

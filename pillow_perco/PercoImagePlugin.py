@@ -115,6 +115,8 @@ class PercoImageFile(ImageFile.ImageFile):
                 ) from error
             if picture.size != size:
                 picture = picture.resize(size)
+            if picture.mode != self.mode:  # of a cut file whose opacity mask is broken
+                picture = picture.convert(self.mode)
             if self.fp and self._exclusive_fp:
                 self.fp.close()
             self.fp = io.BytesIO(picture.tobytes())

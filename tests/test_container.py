@@ -17,7 +17,7 @@ from perco_engine.bitstream.compression import Coding, compress, decompress
 from perco_engine.bitstream.fields import FieldReader, encode_varint
 from perco_engine.bitstream.header import checksum
 from perco_engine.codes import AlphaMask, Codes, Metadata, ModelReference
-from perco_engine.errors import ChecksumMismatch, TruncatedFile, UnsupportedRatePoint
+from perco_engine.errors import ChecksumMismatch, InvalidStream, TruncatedFile, UnsupportedRatePoint
 from perco_engine.rates import EMBEDDED, PERCO_SD, Grid, RatePoint
 
 ONE_GRID = (RatePoint(0.125, (Grid(8, 256),)),)
@@ -303,10 +303,39 @@ def test_cut_file_keeps_the_chunks_that_are_complete() -> None:
     assert (partial.rate_point, partial.caption, partial.alpha) == (3, "", None)
 
 
+def test_every_cut_of_a_file_with_chunks_shows_what_is_there_in_full() -> None:
+    codes = full_codes()
+    data = pack(codes, EMBEDDED)
+    sizes = dict(read_header(data).sizes_bytes)
+    header_bytes, checksum_bytes = sizes.pop("header"), sizes.pop("checksum")
+    ends = dict(zip(sizes, np.cumsum([header_bytes, *sizes.values()])[1:], strict=True))
+    assert list(ends) == ["hyper_latent", "caption", "alpha", "exif", "icc_profile", "xmp"]
+    assert ends["xmp"] + checksum_bytes == len(data)
+    last_bits = np.cumsum([grid.size * width for grid, width in zip(codes.indices, (8, 8, 9, 9, 8), strict=True)])
+    for length in range(header_bytes + 4, len(data) + 1):
+        grids = sum(8 * (length - header_bytes) >= end for end in last_bits)
+        kept = {name for name, end in ends.items() if end <= length}
+        assert unpack_partial(data[:length], EMBEDDED) == replace(
+            codes,
+            rate_point=grids - 1,
+            indices=codes.indices[:grids],
+            caption=codes.caption if "caption" in kept else "",
+            alpha=codes.alpha if "alpha" in kept else None,
+            metadata=Metadata(
+                **{name: getattr(codes.metadata, name) for name in ("exif", "icc_profile", "xmp") if name in kept}
+            ),
+        ), length
+
+
 def test_damage_is_not_taken_for_a_cut() -> None:
     data = bytearray(pack(random_codes(300, 200), EMBEDDED))
     data[40] ^= 1
     with pytest.raises(ChecksumMismatch):
+        unpack_partial(bytes(data), EMBEDDED)
+    data = bytearray(pack(full_codes(), EMBEDDED))
+    sizes = read_header(bytes(data)).sizes_bytes
+    data[sizes["header"] + sizes["hyper_latent"] - 1] ^= 1
+    with pytest.raises(InvalidStream, match="copy or download"):
         unpack_partial(bytes(data), EMBEDDED)
 
 

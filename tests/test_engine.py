@@ -91,6 +91,16 @@ def test_wrong_best_of_is_a_value_error(options: dict[str, Any], photo: Image.Im
         get_engine(tiny_model).encode(photo, **options)
 
 
+def test_codes_are_those_of_the_engine_s_own_model(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine()
+    with pytest.raises(ModelUnavailable, match=f"of another model, {tiny_model.name!r}"):
+        engine.codes(get_engine(tiny_model).encode(photo, effort=0))
+    data = bytearray(engine.encode(photo, effort=0))
+    data[5] += 1
+    with pytest.raises(ModelUnavailable, match="model number"):
+        engine.codes(bytes(data[:-2]) + checksum(bytes(data[:-2])))
+
+
 def test_max_size_px_is_the_longer_side(photo: Image.Image) -> None:
     engine = get_engine()
     data = engine.encode(photo.resize((640, 400)))

@@ -180,6 +180,34 @@ def test_a_cut_file_gives_a_prefix_or_an_error(name: str) -> None:
         assert partial.caption in ("", whole.caption)
 
 
+@pytest.mark.parametrize("broken", ["04 02 C328", "05 03 FFFFFF", "08 02 30 02", "09 03 FFFFFF", "85 03 FFFFFF"])
+def test_a_broken_chunk_of_a_cut_file_is_left_out(broken: str) -> None:
+    data = file_with(broken, "8C 09 3C782F3E")
+    partial = unpack_partial(data, ONE_GRID)
+    assert (partial.caption, partial.alpha, partial.metadata) == ("", None, Metadata())
+    assert partial.indices[0].tolist() == [[0xA5]]
+
+
+def test_a_cut_file_with_an_unknown_required_chunk_asks_for_an_upgrade() -> None:
+    data = file_with("0C 01 00", "8C 04 3C782F3E")
+    for cut in (data[:-1], data[:-8]):  # the second one ends with the unknown chunk
+        for read in (lambda cut: read_header(cut, allow_truncated=True), lambda cut: unpack_partial(cut, ONE_GRID)):
+            with pytest.raises(UnsupportedChunk, match=r"0x0C.*upgrade"):
+                read(cut)
+    for read in (read_header, lambda cut: unpack(cut, ONE_GRID)):
+        with pytest.raises(UnsupportedChunk, match=r"0x0C.*upgrade.*copy or download"):
+            read(data[:-1])
+
+
+def test_zeros_behind_a_file_are_an_error() -> None:
+    """The checksum does not find them."""
+    for data, error in ((file_of(PLAIN_BODY), "copy or download"), (file_with("FD 01 AA"), "chunks ascend")):
+        for count in (3, 200):
+            assert checksum(data + bytes(count - 2)) == bytes(2)
+            with pytest.raises(BitstreamError, match=error):
+                unpack(data + bytes(count), ONE_GRID)
+
+
 @pytest.mark.parametrize("name", ["plain", "odd codebooks", "everything"])
 def test_every_flipped_bit_is_an_error(name: str) -> None:
     data, points = whole_files()[name]

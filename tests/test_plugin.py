@@ -296,6 +296,18 @@ def test_truncated_files_show_what_the_coarse_levels_give(photo: Image.Image, mo
         opened(data[:12]).load()
 
 
+def test_a_cut_file_whose_opacity_is_broken_is_opaque(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    translucent = photo.copy()
+    translucent.putalpha(Image.linear_gradient("L").resize(photo.size))
+    data = saved(translucent, bpp=0.002, effort=0)
+    sizes = opened(data).info["perco"]["bytes"]
+    no_deflate = bytes.fromhex("09 03 FFFFFF")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    image = opened(data[: -sizes["alpha"] - sizes["checksum"]] + no_deflate)
+    assert image.mode == "RGBA"
+    assert image.getchannel("A").getextrema() == (255, 255)
+
+
 def test_draft_decodes_at_a_smaller_size(photo: Image.Image) -> None:
     large = photo.resize((640, 400))
     image = opened(saved(large, bpp=0.13))

@@ -218,6 +218,10 @@ def test_another_ladders_prior_is_refused() -> None:
     likely = Likely(70, 50)
     with pytest.raises(InvalidModel, match="not one for codebooks of"):
         pack(random_codes(70, 50, 0), (RatePoint(0.1, (Grid(32, 17),)),), prior=likely.prior)
+    for sides in ((32, 12), (16, 32)):
+        point = RatePoint(0.1, (Grid(sides[0], 16), Grid(sides[1], 24)))
+        with pytest.raises(InvalidModel, match="each side divides the one before"):
+            likely.prior.check(point)
 
 
 def test_a_cut_file_gives_its_complete_grids() -> None:

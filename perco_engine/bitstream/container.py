@@ -20,7 +20,7 @@ from perco_engine.bitstream.fields import encode_varint
 from perco_engine.bitstream.header import CHECKSUM_BYTES, Header, checksum, encode_header, read_header
 from perco_engine.bitstream.prior import Prior, most_grids
 from perco_engine.codes import Codes
-from perco_engine.errors import ChecksumMismatch, InvalidStream, TruncatedFile, UnsupportedRatePoint
+from perco_engine.errors import BitstreamError, ChecksumMismatch, InvalidStream, TruncatedFile, UnsupportedRatePoint
 from perco_engine.rates import RatePoint
 
 __all__ = ["Header", "pack", "read_header", "unpack", "unpack_partial"]
@@ -105,26 +105,35 @@ def unpack_partial(
     """What can be had of a file that was cut: Codes at the highest rate point whose grids are there in full.
 
     A file that is whole comes out as `unpack` gives it; the caption and the other chunks come along as far as they are
-    there in full.  Raises TruncatedFile if not even the coarsest grid is there, and as `unpack` does otherwise: a file
-    that is cut right behind the type and the one-byte length of a chunk is a ChecksumMismatch, as its last two bytes
-    are then no chunk and might be a checksum.
+    there in full and can be read.  Raises TruncatedFile if not even the coarsest grid is there, and as `unpack` does
+    otherwise; but where chunks follow, a wrong checksum may be a cut behind the first two bytes of a further chunk, and
+    is no error.
     """
     try:
         return unpack(data, rate_points, prior=prior, coder=coder)
-    except TruncatedFile as error:
+    except (TruncatedFile, ChecksumMismatch) as error:
         header = read_header(data, allow_truncated=True)
+        ends_with_stream = _ends_with_its_stream(data, header)
+        if ends_with_stream and isinstance(error, ChecksumMismatch):
+            raise  # with all its indices: it was not cut
         point = _rate_point(header, rate_points)
         grids: list[NDArray[np.int32]] = []
+        decoder = Decoder(header.hyper_latent)
         with suppress(TruncatedFile):
-            for grid in _decoded_grids(Decoder(header.hyper_latent), header, point, prior):
+            for grid in _decoded_grids(decoder, header, point, prior):
                 grids.append(grid)
+            if not ends_with_stream:
+                decoder.finish()
         offered = [k for k, lower in enumerate(rate_points) if lower.grids == point.grids[: len(grids)]]
         if not grids or not offered:
             raise TruncatedFile(
                 "the file was cut within its coarsest grid of indices, nothing of the picture can be shown; "
                 "copy or download it again"
             ) from error
-        return _codes(header, offered[-1], grids, rate_points[offered[-1]])
+        try:
+            return _codes(header, offered[-1], grids, rate_points[offered[-1]])
+        except BitstreamError:  # the opacity mask is broken
+            return _codes(replace(header, alpha=None), offered[-1], grids, rate_points[offered[-1]])
 
 
 def _codes(header: Header, rate_point: int, flat: Sequence[NDArray[np.int32]], point: RatePoint) -> Codes:
@@ -151,11 +160,16 @@ def _raise_if_cut(data: bytes, rate_points: Sequence[RatePoint], prior: Prior | 
     """Raises TruncatedFile if the bytes of a file with a wrong checksum evidently end too early."""
     header = read_header(data, allow_truncated=True)
     stream = header.hyper_latent
-    if header.sizes_bytes["header"] + len(stream) == len(data):
+    if _ends_with_its_stream(data, header):
         stream = stream[:-CHECKSUM_BYTES]
     if header.rate_point < len(rate_points):
         with suppress(InvalidStream):
             _decode(stream, header, rate_points[header.rate_point], prior, coder)
+
+
+def _ends_with_its_stream(data: bytes, header: Header) -> bool:
+    """Whether nothing follows the hyper-latent of a file that may be cut: it has no chunks, or lost them all."""
+    return header.sizes_bytes["header"] + len(header.hyper_latent) == len(data)
 
 
 def _encode_by_prior(codes: Codes, point: RatePoint, prior: Prior) -> bytes:

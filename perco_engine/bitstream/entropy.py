@@ -229,7 +229,7 @@ class Decoder:
         if surplus_bits < 0:
             raise TruncatedFile("the hyper-latent ends within its last byte; copy or download the file again")
         if surplus_bits >= 8 or self._offset != _final_value(self._low) - self._low:
-            raise InvalidStream("the hyper-latent does not end where its indices end; write the file again")
+            raise InvalidStream("the hyper-latent does not end where its indices end; copy or download the file again")
 
     def _refill(self) -> None:
         loaded = self._data[self._position : self._position + _REFILL_BYTES]

@@ -14,6 +14,7 @@ from perco_engine.errors import (
     InvalidStream,
     NotAPercoFile,
     TruncatedFile,
+    UnsupportedChunk,
     UnsupportedVersion,
 )
 
@@ -123,7 +124,8 @@ def read_header(data: bytes, *, allow_truncated: bool = False) -> Header:
 
     data: the whole file.
     allow_truncated: take what is there of a cut or damaged file, with `intact=False` and without the chunks that are
-        incomplete; the `hyper_latent` of a file without chunks then holds all bytes to the end, checksum or not.
+        incomplete, or broken, or behind a broken one; the `hyper_latent` of a file without chunks then holds all bytes
+        to the end, checksum or not.
 
     Raises NotAPercoFile, UnsupportedVersion, TruncatedFile, ChecksumMismatch, InvalidHeader, InvalidStream,
     UnsupportedChunk or LimitExceeded.
@@ -136,6 +138,10 @@ def read_header(data: bytes, *, allow_truncated: bool = False) -> Header:
     except TruncatedFile:
         if not allow_truncated:
             raise
+    except UnsupportedChunk as error:
+        if intact:
+            raise
+        raise UnsupportedChunk(f"{error}, or copy or download the file again: its checksum does not match") from error
     except BitstreamError as error:
         if intact:
             raise
@@ -235,7 +241,10 @@ def _check_magic_and_version(data: bytes) -> None:
 
 
 def _complete_chunks(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The chunks before the place where the file was cut, as far as their contents can be read."""
+    """The chunks before the place where the file was cut, as far as their contents can be read.
+
+    Raises UnsupportedChunk.
+    """
     try:
         for chunk in chunks:
             if chunk.kind in _READ_WITH_THE_HEADER:
@@ -243,6 +252,8 @@ def _complete_chunks(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
                 if chunk.kind is ChunkKind.CAPTION:
                     _decode_caption(content)
             yield chunk
+    except UnsupportedChunk:
+        raise
     except BitstreamError:
         return
 

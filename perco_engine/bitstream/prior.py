@@ -17,6 +17,7 @@ perco_engine/training/prior.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from math import isqrt
 from pathlib import Path
 
@@ -146,10 +147,13 @@ class Prior:
             raise InvalidModel(f"cannot read {path}: {error}") from error
 
     def check(self, point: RatePoint) -> None:
-        """Raises InvalidModel unless this prior is of the codebooks of a rate point."""
+        """Raises InvalidModel unless this prior is of the codebooks of a rate point, and the grids' squares nest."""
         sizes = [grid.codebook_size for grid in point.grids]
         if sizes != [len(self._tensors.get(f"{k}.embedding", ())) for k in range(len(sizes))]:
             raise InvalidModel(f"the prior of this model is not one for codebooks of {sizes}")
+        sides = [grid.pixels_per_index for grid in point.grids]
+        if any(coarser % finer for coarser, finer in pairwise(sides)):
+            raise InvalidModel(f"a prior is for grids of which each side divides the one before, not {sides} pixels")
 
     def walk(self, point: RatePoint, width_px: int, height_px: int, code: Code) -> Iterator[NDArray[np.int32]]:
         """The grids of indices of a picture, (rows, columns) int32, coarse to fine, as `code` gives them part by part.
