@@ -21,8 +21,9 @@ from PIL import Image
 
 from .bitstream.chunks import MAX_CAPTION_BYTES
 from .devices import best_dtype, cache, usable_device, weights_bytes
-from .errors import InvalidModel, ModelUnavailable
+from .errors import InvalidModel, ModelUnavailable, NotEnoughMemory
 from .locks import Lock
+from .memory import is_out_of_memory
 from .model_folder import progress_bars_off
 from .options import whole_number
 from .pixels import to_rgb
@@ -75,14 +76,23 @@ class _ModelCaptioner(ABC):
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """One caption for each picture, of any Pillow mode; the same picture gives the same on the same machine.
 
-        Raises ModelUnavailable, with what to do, if the model is not on this machine and cannot be fetched, and
-        InvalidModel if it cannot be loaded.
+        Raises ModelUnavailable, with what to do, if the model is not on this machine and cannot be fetched,
+        InvalidModel if it cannot be loaded, and NotEnoughMemory.
         """
         if not images:
             return []
-        loaded: _Loaded = cache.get(self._key, self._load)
-        with loaded.lock, torch.inference_mode():
-            return self._captions(loaded, [to_rgb(image) for image in images])
+        try:
+            loaded: _Loaded = cache.get(self._key, self._load)
+            with loaded.lock, torch.inference_mode():
+                return self._captions(loaded, [to_rgb(image) for image in images])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            less = "" if self.quantize_8bit else "dtype=torch.float16, quantize_8bit=True, "
+            raise NotEnoughMemory(
+                f"not enough memory for the caption model {str(self.model)!r}: give the caption yourself, take a "
+                f'smaller model, or a {type(self).__name__} with {less}or device="cpu"'
+            ) from error
 
     def release(self) -> None:
         """Forgets the weights, of all captioners that share them; the next caption loads them again."""
@@ -163,10 +173,7 @@ class Blip2Captioner(_ModelCaptioner):
         return loaded
 
     def _captions(self, loaded: _Loaded, images: list[Image.Image]) -> list[str]:
-        inputs = loaded.processor(images=images, return_tensors="pt").to(self._device)
-        tokens = loaded.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
-        texts: list[str] = loaded.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return _unprompted(loaded, images, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,19 @@ class PipelineCaptioner(_ModelCaptioner):
     def _load(self) -> _Loaded:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        return self._load_as(AutoModelForImageTextToText, AutoProcessor)
+        loaded = self._load_as(AutoModelForImageTextToText, AutoProcessor)
+        if not hasattr(loaded.processor, "image_processor"):
+            raise InvalidModel(
+                f"the caption model {str(self.model)!r} has no processor that takes pictures and text, as those of the "
+                "image-text-to-text pipeline have: take another model, or a function from pictures to texts"
+            )
+        return loaded
 
     def _captions(self, loaded: _Loaded, images: list[Image.Image]) -> list[str]:
         from transformers import ImageTextToTextPipeline
 
+        if not self.prompt and not getattr(loaded.processor, "chat_template", None):
+            return _unprompted(loaded, images, self.max_new_tokens)
         device = None if self.quantize_8bit else loaded.model.device  # 8-bit weights stay where they are
         answer = ImageTextToTextPipeline(model=loaded.model, processor=loaded.processor, device=device)
         options = {
@@ -199,8 +214,16 @@ class PipelineCaptioner(_ModelCaptioner):
             prompt = CHAT_PROMPT if self.prompt is None else self.prompt
             answers = [answer(text=_question(image, prompt), **options)[0] for image in images]
         else:
-            answers = answer(images=images, text=[self.prompt or ""] * len(images), **options)
+            answers = answer(images=images, text=[self.prompt] * len(images), **options)
         return [" ".join(answered["generated_text"].split()) for answered in answers]
+
+
+def _unprompted(loaded: _Loaded, images: list[Image.Image], max_new_tokens: int) -> list[str]:
+    """What a model says of pictures alone, greedily, in one batch."""
+    inputs = loaded.processor(images=images, return_tensors="pt").to(loaded.model.device, loaded.model.dtype)
+    tokens = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    texts: list[str] = loaded.processor.batch_decode(tokens, skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
 
 
 def _question(image: Image.Image, prompt: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from .bitstream.prior import Prior
 from .models.autoencoder import PATCH
 from .models.hyper_encoder import HyperEncoder
 from .models.ladder import HyperLadder
+from .sampling import check_finite
 
 
 @torch.no_grad()
@@ -37,7 +38,9 @@ def choose(
     thrift: how many times as much as usual a bit of a ladder's codes costs.
     """
     if not isinstance(hyper_enc, HyperLadder):
-        indices = hyper_enc(latents, level).indices
+        output = hyper_enc(latents, level)
+        check_finite(output.z, "hyper-encoder", hyper_enc)  # of what is no number the first code would be the nearest
+        indices = output.indices
         return indices if isinstance(indices, tuple) else (indices,)
     level = len(hyper_enc.levels) - 1 if level is None else level
     estimate, grids = torch.zeros_like(latents), list[Tensor]()
@@ -50,6 +53,7 @@ def choose(
         grids = [torch.cat(grid) for grid in zip(*(grids for _, grids in chosen), strict=True)]
     for k, rung in enumerate(hyper_enc.levels[len(grids) : level + 1], len(grids)):
         costs = rung.distances(_shifted(rung.encode(latents, estimate), shifts, k))
+        check_finite(costs, "hyper-encoder", hyper_enc)
         grids.append((costs + thrift * rung.rate_weight * rung.bits).argmin(-1))
         estimate = rung.decode(rung.look_up(grids[-1]), estimate)
     return tuple(grids)

@@ -354,13 +354,14 @@ def get_engine(
     """The engine for a model (a registered or installed name, or a folder), loaded once per process and kept.
 
     For a family, an engine that loads the checkpoint of the rate that is asked for.
-    device: default CUDA or MPS where there is one, else the CPU.  dtype: default what is fast there.
+    device: default CUDA or MPS where there is one, else the CPU.  dtype: torch.float16, bfloat16, float32
+        or float64; default what is fast there.
     compile, offload: see `perco_engine.memory.Placement`.
     Raises ModelUnavailable, InvalidModel, NotEnoughMemory, OffloadUnavailable, and ValueError for compile with offload,
-    a device that cannot be used here, or a dtype that is none of torch's.
+    a device that cannot be used here, or a dtype that is none of them.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a dtype of torch, such as torch.bfloat16, not {dtype!r}")
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, not {dtype!r}")
     chosen = usable_device(device)
     precision, placement = dtype or best_dtype(chosen), Placement(compile, offload)
     spec = weights.named(model) if isinstance(model, str) else None

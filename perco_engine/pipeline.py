@@ -14,13 +14,13 @@ from torch.nn import functional as F  # noqa: N812
 
 from .bitstream.prior import Prior
 from .choice import choose
-from .errors import InvalidModel, ModelUnavailable, NotFinite
+from .errors import InvalidModel, ModelUnavailable
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, OVERLAP, LatentTiles
 from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
 from .options import check_guidance_scale
 from .prompts import PromptEmbeddings
-from .sampling import check_steps, denoise, draw_noise
+from .sampling import check_finite, check_steps, denoise, draw_noise
 
 VAE_FACTOR = 8
 """Pixels a side of one latent."""
@@ -330,15 +330,6 @@ class PercoPipeline(DiffusionPipeline):
             sample = tiles.blend(lambda tile: self.vae.decode(tile).sample, latents)
         pictures: Tensor = (sample[..., :height, :width].float() / 2 + 0.5).clamp(0, 1)
         return pictures
-
-
-def check_finite(values: Tensor, what: str, network: Any) -> None:
-    """Raises NotFinite if a network made numbers that are none, which would be shown as black."""
-    if not all(math.isfinite(end.item()) for end in torch.aminmax(values)):
-        remedy = "" if network.dtype == torch.float32 else "take dtype=torch.float32, or "
-        raise NotFinite(
-            f"the {what} went out of the range of {network.dtype}: {remedy}install the model's weights again"
-        )
 
 
 def to_output(pictures: Tensor, output_type: str) -> Any:

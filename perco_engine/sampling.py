@@ -7,12 +7,14 @@ Sources: DDIM, Song et al., ICLR 2021 (arXiv 2010.02502); guidance, Ho and Salim
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import NotFinite
 from .latent_tiles import LATENTS_AT_ONCE, LatentTiles
 from .options import whole_number
 
@@ -48,10 +50,14 @@ def denoise(
         sample = torch.cat([latents, latents]) if guided else latents
         sample = scheduler.scale_model_input(sample, timestep).to(dtype)
         prediction = predict(pipeline, sample, timestep, local_features, text)
+        if timestep == scheduler.timesteps[0]:  # later on it may be the guidance
+            check_finite(prediction, "U-Net", pipeline.unet)
         if guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
+    if guided and not _is_finite(latents):
+        raise NotFinite(f"a guidance scale of {guidance_scale:g} leads out of the range of numbers: take a smaller one")
     return latents
 
 
@@ -72,6 +78,19 @@ def predict(
         return prediction.float()
 
     return tiles.blend(one, sample, local_features, at_once=at_once)
+
+
+def check_finite(values: Tensor, what: str, network: Any) -> None:
+    """Raises NotFinite if a network made numbers that are none, which would be shown as black."""
+    if not _is_finite(values):
+        remedy = "" if network.dtype == torch.float32 else "take dtype=torch.float32, or "
+        raise NotFinite(
+            f"the {what} went out of the range of {network.dtype}: {remedy}install the model's weights again"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    return all(math.isfinite(end.item()) for end in torch.aminmax(values))
 
 
 def check_steps(steps: int, unet: Any, scheduler: Any) -> int:

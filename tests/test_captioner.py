@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
@@ -33,7 +35,7 @@ import pillow_perco
 from perco_engine import get_engine
 from perco_engine.captioner import Blip2Captioner, PipelineCaptioner, caption_pictures, get_captioner
 from perco_engine.devices import cache
-from perco_engine.errors import InvalidModel, ModelUnavailable
+from perco_engine.errors import InvalidModel, ModelUnavailable, NotEnoughMemory
 from perco_engine.pipeline import progress_bars_off
 from pillow_perco.cli import main
 
@@ -278,6 +280,8 @@ def test_a_model_without_a_chat_continues_the_prompt(blip: Path, pictures: list[
     assert captions == [captioner([picture])[0] for picture in pictures]
     with progress_bars_off():
         model, processor = BlipForConditionalGeneration.from_pretrained(blip), BlipProcessor.from_pretrained(blip)
+    alone = model.generate(**processor(images=pictures[0], return_tensors="pt"), max_new_tokens=32)
+    assert captions[0] == processor.decode(alone[0], skip_special_tokens=True)  # nothing is continued
     tokens = model.generate(**processor(images=pictures[0], return_tensors="pt", text="w3"), max_new_tokens=6)
     words = processor.decode(tokens[0], skip_special_tokens=True)
     assert words.startswith("w3 ")
@@ -379,3 +383,23 @@ def test_the_plugin_and_the_command_line_take_a_captioner(blip2: Path, photo: Im
         photo.save(tmp_path / "none.perco", captioner=tmp_path / "none")
     told = CliRunner().invoke(main, [*command, str(tmp_path / "none")])
     assert told.exit_code == 1 and "there is no folder" in told.output
+
+
+def test_models_without_a_processor_for_both_are_refused(
+    blip: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a ViT with a GPT-2, say, transformers makes a tokenizer where the processor should be."""
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", AutoTokenizer.from_pretrained)
+    with pytest.raises(InvalidModel, match="no processor that takes pictures and text"):
+        PipelineCaptioner(blip, max_new_tokens=7)(pictures[:1])
+
+
+def test_a_model_that_does_not_fit_in_memory_says_what_takes_less(
+    blip: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 320 MiB")
+
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", generate)
+    with pytest.raises(NotEnoughMemory, match=r"give the caption yourself, .* quantize_8bit=True"):
+        PipelineCaptioner(blip)(pictures[:1])

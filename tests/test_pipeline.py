@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perco_engine import sampling
+from perco_engine.choice import choose
 from perco_engine.errors import InvalidModel, ModelUnavailable, NotFinite
 from perco_engine.models.autoencoder import PatchAutoencoder
 from perco_engine.models.ladder import HyperLadder
@@ -459,9 +460,29 @@ def test_numbers_that_are_none_are_told(published: PercoPipeline, folder: Path) 
     pipeline.unet.conv_out.bias.data[0] = float("nan")
     with pytest.raises(NotFinite, match=r"U-Net went out of the range of torch\.float32: install"):
         pipeline(local_features=torch.zeros(1, 320, 1, 1), num_inference_steps=1)
+    next(iter(pipeline.hyper_enc.backbone.parameters())).data[0] = float("nan")
+    with pytest.raises(NotFinite, match=r"hyper-encoder went out of the range"):
+        pipeline.encode_image(picture(64, 64))
     pipeline.vae.to(torch.bfloat16).quant_conv.bias.data[0] = float("nan")
     with pytest.raises(NotFinite, match=r"encoder went out .* take dtype=torch\.float32, or install"):
         pipeline.encode_image(picture(64, 64))
+
+
+def test_guidance_that_leads_out_of_the_range_of_numbers_blames_no_weights(
+    published: PercoPipeline, prompts: list[str]
+) -> None:
+    with pytest.raises(NotFinite, match=r"guidance scale of 1e\+38 .* take a smaller one"):
+        published(
+            prompt=prompts[:1], local_features=torch.zeros(1, 320, 1, 1), num_inference_steps=2, guidance_scale=1e38
+        )
+
+
+def test_a_ladder_of_numbers_that_are_none_is_told() -> None:
+    """The first code would be the nearest to all of them."""
+    ladder = HyperLadder(4, [(8, 8)], width=32)
+    ladder.levels[0].metric.fill_(float("inf"))
+    with pytest.raises(NotFinite, match="hyper-encoder"):
+        choose(ladder, None, torch.randn(1, 4, 8, 8), None)
 
 
 def test_noise_is_what_it_is_whatever_torch_s_defaults_are() -> None:

@@ -558,8 +558,8 @@ def test_an_interrupted_import_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             install.import_folder(sources["low"])
     assert [one.name for one in inventory.list_models()] == ["embedded"]
-    assert not list((store.parent / "importing").iterdir())
-    left = store.parent / "importing" / "killed"
+    assert not list((store / ".importing").iterdir())
+    left = store / ".importing" / "killed"
     left.mkdir()
     os.utime(left, (0, 0))
     install.import_folder(sources["low"])
@@ -576,7 +576,7 @@ def test_importing_again_is_nothing_new_and_other_weights_need_another_name(
     second = install.import_folder(sources["other"], name="other")
     assert second.fingerprint != first.fingerprint
     assert [model.name for model in weights.checkpoints(weights.REGISTRY[1])] == ["other", "perco-sd-0.0019"]
-    assert not list((store.parent / "importing").iterdir())
+    assert not list((store / ".importing").iterdir())
 
 
 # Components of the base model
@@ -806,12 +806,42 @@ def test_what_only_looks_needs_no_torch(store: Path) -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_models_that_were_put_there_under_any_name_can_be_removed(store: Path, sources: dict[str, Path]) -> None:
+    install.import_folder(sources["low"]).folder.rename(store / "perco-sd-0.0019 (copy)")
+    assert perco("models", "path", "perco-sd").output.strip() == str(store / "perco-sd-0.0019 (copy)")
+    assert perco("models", "remove", "perco-sd", "--yes").exit_code == 0
+    assert not [one for one in store.iterdir() if one.name != ".importing"]
+
+
+def test_the_store_may_be_a_link_to_another_disk(store: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk" / "models"
+    disk.mkdir(parents=True)
+    store.parent.mkdir()
+    store.symlink_to(disk)
+    install.import_folder(sources["low"])
+    assert (disk / "perco-sd-0.0019").is_dir()
+    # What is not finished lies on that disk as well: no folder is renamed from one disk to another.
+    assert [one.name for one in store.parent.iterdir()] == ["models"]
+
+
+def test_importing_a_damaged_model_again_says_how(store: Path, sources: dict[str, Path]) -> None:
+    weight = next(install.import_folder(sources["low"]).folder.glob("vae/*.safetensors"))
+    weight.unlink()
+    with pytest.raises(ValueError, match=r"installed, and damaged: perco models remove perco-sd-0\.0019, then import"):
+        install.import_folder(sources["low"])
+
+
+def test_what_needs_no_hub_is_not_asked_of_it(store: Path, sources: dict[str, Path]) -> None:
+    assert "is part of this package" in perco("models", "pull", "embedded").output
+    assert f"perco models import {sources['low']}" in perco("models", "pull", str(sources["low"])).output
+
+
 def test_remove_asks(store: Path, sources: dict[str, Path]) -> None:
     install.import_folder(sources["low"])
     assert CliRunner().invoke(main, ["models", "remove", "perco-sd-0.0019"], input="n\n").exit_code == 1
     assert (store / "perco-sd-0.0019").is_dir()
     assert perco("models", "remove", "perco-sd-0.0019", "--yes").exit_code == 0
-    assert not list(store.iterdir()) and not list((store.parent / "importing").iterdir())
+    assert [one.name for one in store.iterdir()] == [".importing"] and not list((store / ".importing").iterdir())
     for name in ("perco-sd-0.0019", "..", ""):
         result = perco("models", "remove", name, "--yes")
         assert result.exit_code == 1 and "is installed: there is none" in result.output

@@ -67,6 +67,10 @@ def pull(repository: str, *, revision: str | None = None, name: str | None = Non
     """
     if repository == REFERENCE_FAMILY:
         raise ModelUnavailable(f"{REFERENCE_FAMILY} is not on the hub: {PUBLISHED}")
+    if Path(repository).is_dir():
+        raise ValueError(f"{repository} is a folder on this machine: perco models import {repository}")
+    if weights.named(repository) is not None:
+        raise ModelUnavailable(f"{repository!r} is part of this package: there is nothing to fetch")
     found = download(repository, revision)
     default = repository.rsplit("/", 1)[-1]
     return _install(found.folder, repository, found.commit, found.files, name=name, default_name=default, **options)
@@ -139,8 +143,12 @@ def _register(new: Checkpoint) -> Checkpoint:
             old = checkpoint.read(target)
         except InvalidModel:
             old = None
-        if old is not None and _but_documents(old.files) == _but_documents(new.files) and not problems(old):
-            return old
+        if old is not None and _but_documents(old.files) == _but_documents(new.files):
+            if not problems(old):
+                return old
+            raise ValueError(
+                f"{new.name!r} is installed, and damaged: perco models remove {new.name}, then import again"
+            )
         # One that was put there by hand may be the only copy, and the very one that is imported.
         instead = f", or run: perco models remove {new.name}" if (target / checkpoint.RECORD).exists() else ""
         raise ValueError(f"another model is installed as {new.name!r}: choose another --name{instead}")

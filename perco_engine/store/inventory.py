@@ -1,7 +1,7 @@
 """The store of models beside the embedded one: a folder with one folder, and one record, for each.
 
     PERCO_HOME/models/NAME/   model_index.json, vae/, unet/, ...   and the record, perco.json
-    PERCO_HOME/importing/     what is not finished yet
+    PERCO_HOME/models/.importing/   what is not finished yet
 
 `install` fills it; what is here needs no torch.
 """
@@ -27,11 +27,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @contextmanager
 def staging() -> Iterator[Path]:
-    """A new folder beside the store, on its file system, that is gone afterwards unless it was moved away.
+    """A new folder in the store, so that it is of its file system, that is gone afterwards unless it was moved away.
 
     What a killed process left here is removed a day later.
     """
-    parent = weights.home() / "importing"
+    parent = weights.models_folder() / ".importing"
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.iterdir():
         with suppress(FileNotFoundError):  # another process may be at it
@@ -153,7 +153,8 @@ def paths(name: str) -> list[Path]:
 
 def _installed_folder(name: str) -> Path:
     folder = weights.models_folder() / name
-    if not NAME.fullmatch(name) or not folder.is_dir():
+    is_one = bool(name) and Path(name).name == name and not name.startswith(".")  # put there by hand, of any name
+    if not is_one or not folder.is_dir():
         there = ", ".join(one.name for one in list_models() if one.folder.parent == weights.models_folder())
         raise ModelUnavailable(f"no model {name!r} is installed: {f'there are {there}' if there else 'there is none'}")
     return folder
