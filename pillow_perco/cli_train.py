@@ -39,7 +39,7 @@ def train(config: Path | None, list_recipes: bool, example: str | None, check: b
     elif check:
         from perco_engine.training.train import check as look_at
 
-        click.echo(f"{config}: recipe {look_at(config).recipe}, nothing wrong")
+        click.echo(f"{config}: recipe {look_at(config, tell).recipe}, nothing wrong")
     else:
         start(config, processes)
 

@@ -377,6 +377,13 @@ def test_photos_of_any_name(settings: Settings) -> None:
     assert evaluate(settings).line(run.photos[0], 0.0039, 0)["bytes"]["total"] == 33
 
 
+def test_a_photo_whose_results_would_have_too_long_names_is_left_out(settings: Settings) -> None:
+    (settings.folder / "a.png").rename(settings.folder / f"{'a' * 251}.png")
+    run = evaluate(replace(settings, bpp=(0.004,), steps=(0,), effort=0))
+    assert [photo.name for photo in run.photos] == ["more/b.png"]
+    assert "its name is too long for files with its results" in run.skipped[f"{'a' * 251}.png"]
+
+
 def test_what_photos_carry_beside_their_pixels_is_left_out(photo: Image.Image, tmp_path: Path) -> None:
     """A colour that is transparent, and blocks that classical files would carry along."""
     exif = Image.Exif()

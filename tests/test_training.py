@@ -17,20 +17,23 @@ import psutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.models import modeling_utils
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from perco_engine import weights
 from perco_engine.errors import InvalidModel, InvalidSettings, NotFinite, TrainingError
 from perco_engine.pipeline import PercoPipeline
 from perco_engine.store import install
-from perco_engine.training import checkpoints, lpips, networks
+from perco_engine.training import checkpoints, lpips, networks, perco_sd
 from perco_engine.training.journal import Journal, read_log
 from perco_engine.training.objective import PercoObjective, draw, noise_levels
-from perco_engine.training.settings import HyperEncoderStart, Learn, Objective
-from perco_engine.training.train import train
+from perco_engine.training.settings import CheckpointSettings, HyperEncoderStart, Learn, Objective, PercoSd
+from perco_engine.training.settings_file import read
+from perco_engine.training.train import check, train
 
 BASE = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
 
@@ -200,6 +203,16 @@ def test_fresh_hyper_encoders(design: Any) -> None:
     )
     assert fresh.rate_points[0].bpp == 0.0098 and fresh.quantizer.codebook.shape == (1024, 8)
     assert fresh(torch.randn(1, 4, 8, 8)).z_hat.shape == (1, 12, 2, 2)
+
+
+def test_casts_are_silent(latent_diffusion: Path, eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = read(write_settings(tmp_path, latent_diffusion, eight, compute={"mixed_precision": "bf16"}))
+    assert isinstance(settings, PercoSd)
+    pipeline = networks.load(latent_diffusion, start(), "v_prediction")
+    monkeypatch.setattr(modeling_utils.logger, "_log", lambda level, text, *_, **__: pytest.fail(text))
+    perco_sd.place(pipeline, settings, torch.device("cpu"))
+    networks.write_model(pipeline, latent_diffusion, tmp_path / "model", torch.bfloat16)
+    assert pipeline.vae.dtype == pipeline.unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scope", ["all", "linear", "lora"])
@@ -449,6 +462,87 @@ def test_checkpoints_are_the_folders_that_a_run_names(tmp_path: Path) -> None:
     for name in ("step-00000300", "step-00000500", "step-00000300-good", "step-00000500.bak", "step-00000600.partial"):
         (tmp_path / name).mkdir()
     assert [path.name for path in checkpoints.found(tmp_path)] == ["step-00000300", "step-00000500"]
+
+
+def saving(folder: Path, save_state: Any) -> checkpoints.Checkpoints:
+    """Checkpoints of a run after its first step, with an accelerator that only has this to write."""
+    accelerator: Any = SimpleNamespace(
+        is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state,
+        register_save_state_pre_hook=lambda hook: None, register_load_state_pre_hook=lambda hook: None,
+    )  # fmt: skip
+    return checkpoints.Checkpoints(
+        accelerator, folder, CheckpointSettings(every_steps=1), {}, checkpoints.Progress(step=1)
+    )
+
+
+def test_what_was_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    for name in ("step-00000000.partial", "step-00000001.partial", "step-00000000", "mine.partial"):
+        (tmp_path / name).mkdir()
+    saving(tmp_path, lambda folder: (Path(folder) / "progress.0.json").touch()).save()
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000000", "step-00000001", "mine.partial"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("failed writing file"), SafetensorError("I/O error")]
+)
+def test_a_checkpoint_that_cannot_be_written_is_told(error: Exception, tmp_path: Path) -> None:
+    def full(folder: str) -> None:
+        raise error
+
+    told = f"cannot write {tmp_path / 'step-00000001'} ({error}): make room; the same command goes on"
+    with pytest.raises(TrainingError, match=re.escape(told)):
+        saving(tmp_path, full).save()
+
+
+def test_a_full_disk_ends_a_run_that_goes_on(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    """Files that may not grow stand for it: while a checkpoint is written, and the model."""
+    resource = pytest.importorskip("resource")
+    config = write_settings(tmp_path, latent_diffusion, eight, optimizer={"steps": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for what in ("checkpoints", "model"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(TrainingError, match=rf"cannot write .*{what}.*: make room; the same command goes on"):
+                train(config, lambda text: None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if what == "checkpoints":
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(networks, "write_model", interrupted)
+                train(config, lambda text: None)
+    train(config, lambda text: None)
+    assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_captions_of_a_table_are_counted(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    captions = {"source": "table", "table": str(tmp_path / "captions.csv")}
+    config, told = write_settings(tmp_path, latent_diffusion, eight, captions=captions), list[str]()
+    (tmp_path / "captions.csv").write_text("file,caption\n0.png,hello\n1,\n2,an owl\n")
+    check(config, told.append)
+    assert told == [f"2 of 8 photos have a caption in {tmp_path / 'captions.csv'}"]
+    (tmp_path / "captions.csv").write_text("file,caption\nphotos/0.gif,hello\n")
+    with pytest.raises(
+        InvalidSettings, match=r"its names are like 'photos/0\.gif', and those of the photos like '0\.png'"
+    ):
+        check(config)
+
+
+def test_a_run_goes_on_with_its_base(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:
+    """Of which it takes what does not learn anew; runs of before have no note of it."""
+    base = shutil.copytree(latent_diffusion, tmp_path / "base")
+    config = write_settings(tmp_path, base, eight, optimizer={"steps": 1})
+    train(config, lambda text: None)
+    path = base / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * 1.01 for key, value in load_file(path).items()}, path)
+    with pytest.raises(InvalidSettings, match=r"begun with other settings \(model\.base '.*' there, '.*' now\): put"):
+        train(config, lambda text: None)
+    note = tmp_path / "run" / "begun.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "model.base"}))
+    train(config, lambda text: None)
 
 
 def test_what_is_set_anew_holds_when_a_run_goes_on(latent_diffusion: Path, eight: Path, tmp_path: Path) -> None:

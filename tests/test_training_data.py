@@ -56,7 +56,7 @@ def test_a_folder_tree(tree: Path) -> None:
 
 
 def test_excluded_names_and_both_ways_to_split(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "corrupt.txt").write_text("deep/5.png\n4\n")
+    (tmp_path / "corrupt.txt").write_text("deep/5.png \n 4\n")
     data = FolderData(source="folder", folder=tree, exclude=tmp_path / "corrupt.txt", held_out=0.1)
     train, held_out = (set(open_source(data, split).names) for split in ("train", "held-out"))
     assert train == {"2.png", "deep/1.png"} and held_out == {"0.png", "deep/3.png"}  # for good, on every machine
@@ -85,16 +85,22 @@ def test_what_is_told_of_a_folder(data: dict[str, str], told: str, tree: Path, t
         open_source(FolderData(source="folder", **given), "train")
 
 
+def test_the_split_of_names_that_are_not_in_utf_8(tmp_path: Path) -> None:
+    assert isinstance(is_held_out("caf\udce9.png", 0.5), bool)
+    assert [is_held_out(f"{name}.png", 0.5) for name in ("a", "d", "é")] == [True, False, True]  # as ever
+
+
+@pytest.mark.parametrize("excluded", ["bb", "bb.jpg", "train/bb", "train/bb.jpg"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("table", [True, False])
-def test_open_images_by_its_list(nested: bool, table: bool, tmp_path: Path) -> None:
+def test_open_images_by_its_list(nested: bool, table: bool, excluded: str, tmp_path: Path) -> None:
     for name in ("aa", "bb", "cc"):
         flat(tmp_path / ("oi/train" if nested else "oi") / f"{name}.jpg", 9)
     if table:
         (tmp_path / "list.csv").write_text("ImageID,Subset,OriginalURL\naa,train,x\nbb,train,y\ncc,train,z\n")
     else:
         (tmp_path / "list.csv").write_text("train/aa\ntrain/bb\ntrain/cc\n")
-    (tmp_path / "corrupt.txt").write_text("bb\n")
+    (tmp_path / "corrupt.txt").write_text(f"{excluded}\n")
     data = OpenImagesData(
         source="open-images", folder=tmp_path / "oi", image_list=tmp_path / "list.csv", exclude=tmp_path / "corrupt.txt"
     )
@@ -226,6 +232,20 @@ def test_captions_from_a_table(kind: str, tmp_path: Path) -> None:
         Captioned(Captions(source="table", table=path, name_column="id"), tmp_path)
 
 
+def test_cells_of_a_caption_that_are_no_text(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    settings = Captions(source="table", table=tmp_path / "x.parquet")
+    for value in (["one", "two"], float("nan"), 3, b"K\xe4uzchen"):
+        parquet.write_table(pyarrow.Table.from_pylist([{"file": "0", "caption": value}]), tmp_path / "x.parquet")
+        with pytest.raises(InvalidSettings, match=f"'caption' of .* of type {type(value).__name__}"):
+            Captioned(settings, tmp_path)
+    rows = [{"file": "1", "caption": "Käuzchen".encode()}, {"file": "0", "caption": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert Captioned(settings, tmp_path)(NAMES, NONE, PIXELS, NAMES) == ["Käuzchen", ""]
+
+
 def test_captions_are_made_once_and_kept(tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -335,6 +355,13 @@ def test_a_stream_without_any_picture_ends(tmp_path: Path) -> None:
         take(stream(WebdatasetData(source="webdataset", shards=(str(tmp_path / "0.tar"),), workers=0)), 1)
 
 
+def test_names_with_dots_in_shards_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "0.tar", {f"a.{number}.jpg": b"" for number in range(2)} | {"a.txt": b"an owl"})
+    with pytest.raises(TrainingError, match=r"but \.0\.jpg, \.1\.jpg, \.txt; a suffix begins at the first dot"):
+        take(stream(WebdatasetData(source="webdataset", shards=(str(tmp_path / "0.tar"),), workers=0)), 1)
+
+
 def test_cells_of_several_lines(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text('file,caption\na,"a dog on\nthe grass"\nb,one\u2028two\n', encoding="utf-8")
     rows = read_table(tmp_path / "x.csv", "captions.table", ("file", "caption"))
@@ -358,11 +385,16 @@ def test_a_long_list_is_not_held_in_memory(tmp_path: Path) -> None:
     assert len(names) == 4000 and names[10] == "000000000000000a.jpg"
 
 
-@pytest.mark.parametrize("written", ["deep/a.png", "deep/a", "a"])
+@pytest.mark.parametrize("written", ["deep/a.png", "deep/a", "a.png", "a"])
 def test_names_in_tables(written: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"file,caption\n{written},an owl\n")
     captions = Captioned(Captions(source="table", table=tmp_path / "x.csv"), tmp_path)
     assert captions(["deep/a.png", "deep/b.png"], [None, None], PIXELS, ["1", "2"]) == ["an owl", ""]
+    assert captions.count(["deep/a.png", "deep/b.png"]) == 1
+    with pytest.raises(
+        InvalidSettings, match=f"has no caption of any photo: its names are like '{written}', .*'b.png'"
+    ):
+        captions.count(["b.png"])
 
 
 def test_a_shard_that_breaks_off_is_left_out(shards: WebdatasetData, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from perco_engine.errors import InvalidSettings
 from perco_engine.training import embedded_settings, settings
 from perco_engine.training.settings_file import examples, parse, read
+from perco_engine.training.train import check
 from pillow_perco.cli import main
 
 LEAST: dict[str, Any] = {
@@ -64,6 +65,22 @@ def test_what_the_least_settings_mean() -> None:
         ({"captions": {"table": "x.csv"}}, 'captions.table is of captions.source = "table", and not of "sidecar"'),
         ({"captions": {"captioner": "mine"}}, 'captions.captioner is of captions.source = "captioner"'),
         ({"objective": {"timestep_grid": 5000}}, "objective.timestep_grid must be at most 1000"),
+        (
+            {"validation": {"inference_steps": 1000}},
+            "validation.inference_steps: input should be less than or equal to",
+        ),
+        (
+            {"validation": {"guidance_scale": float("inf")}},
+            "validation.guidance_scale: input should be a finite number",
+        ),
+        (
+            {"checkpoints": {"every_minutes": float("inf")}},
+            "checkpoints.every_minutes: input should be a finite number",
+        ),
+        (
+            {"model": {"base": "sd", "hyper_encoder": {"bpp": 0.0313, "local_features": 1}}},
+            "model.hyper_encoder.local_features must be at least 2 in the design elic",
+        ),
         ({"checkpoints": {"keep": 5}}, "checkpoints: give every_steps or every_minutes"),
         ({"data": {"source": "webdataset", "shards": ["a.tar"]}, "validation": {}}, "validation.folder is missing"),
     ],
@@ -152,6 +169,13 @@ def test_what_is_given_for_each_level() -> None:
     assert [drawn[level] / 5000 for level in range(3)] == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
     assert [joint.feature_weight(level) for level in range(4)] == [0.5, 0.25, 0.25, 0.25]
     assert [joint.texture_weight(level) for level in range(4)] == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("run", ["x.toml", "x.toml/run"])
+def test_a_run_in_the_place_of_a_file(run: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(examples()["embedded"].replace('run = "', f'run = "{run}" # "', 1))
+    with pytest.raises(InvalidSettings, match=r"run: .*x\.toml is a file: name a folder"):
+        check(tmp_path / "x.toml")
 
 
 def test_the_command_lists_prints_and_checks(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ A run that was broken off goes on where it stopped: what has its line is not don
 found.
 """
 
+import errno
 import hashlib
 import json
 import time
@@ -192,6 +193,10 @@ def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
         raise
     except PercoError as error:
         return str(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return f"its name is too long for files with its results: {error}"
     return ""
 
 

@@ -5,7 +5,7 @@ There are no paths in it, since a run's folder may be copied to go on elsewhere.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,25 @@ def keep(folder: Path, now: Mapping[str, Any]) -> None:
     write_beside(folder / BEGUN, json.dumps(now, indent=1, default=_name).encode())
 
 
-def differing(folder: Path, now: Mapping[str, Any]) -> str:
-    """What is other now than a run, or a stage, was begun with, for people; "" for nothing, and for one of before."""
+def differing(folder: Path, now: Mapping[str, Any], since: Collection[str] = ()) -> str:
+    """What is other now than a run, or a stage, was begun with, for people; "" for nothing, and for one of before.
+
+    since: what runs of before have no note of, while they have one of the rest.
+    """
     path = folder / BEGUN
     if not path.exists():
         return ""
     there, here = json.loads(path.read_bytes()), json.loads(json.dumps(now, default=_name))
     return ", ".join(
-        f"{name} {there.get(name)!r} there, {value!r} now" for name, value in here.items() if there.get(name) != value
+        f"{name} {there.get(name)!r} there, {value!r} now"
+        for name, value in here.items()
+        if there.get(name) != value and (name in there or name not in since)
     )
 
 
-def check(run: Path, now: Mapping[str, Any]) -> None:
-    """Raises InvalidSettings where a run was begun with other settings."""
-    if told := differing(run, now):
+def check(run: Path, now: Mapping[str, Any], since: Collection[str] = ()) -> None:
+    """Raises InvalidSettings where a run was begun with other settings.  since: see `differing`."""
+    if told := differing(run, now, since):
         raise InvalidSettings(
             f"run: {run} was begun with other settings ({told}): put them back, or name another folder in run"
         )

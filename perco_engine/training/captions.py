@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from ..captioner import caption_pictures, get_captioner
+from ..errors import InvalidSettings
 from ..pixels import to_images
 from .settings import Captions
-from .sources import read_table
+from .sources import forms, read_table
 
 
 class Captioned:
@@ -32,7 +35,7 @@ class Captioned:
             assert settings.table is not None
             columns = (settings.name_column, settings.caption_column)
             rows = read_table(settings.table, "captions.table", columns)
-            self.known = {str(name): str(caption or "") for name, caption in rows}
+            self.known = {str(name): _text(caption, settings) for name, caption in rows}
         elif settings.source == "captioner":
             self.captioner = get_captioner(settings.captioner, device)
             for path in sorted(folder.glob("captions.*.jsonl")):
@@ -63,7 +66,20 @@ class Captioned:
         if self.captioner is not None:
             self._make({key: number for number, key in enumerate(keys) if key not in self.known}, crops)
             return [self.known[key] for key in keys]
-        return [next((self.known[form] for form in _forms(name) if form in self.known), "") for name in names]
+        return [self._in_table(name) for name in names]
+
+    def _in_table(self, name: str) -> str:
+        return next((self.known[form] for form in forms(name) if form in self.known), "")
+
+    def count(self, names: Sequence[str]) -> int:
+        """How many of these photos the table has a caption of.  Raises InvalidSettings for none."""
+        count = sum(bool(self._in_table(name)) for name in names)
+        if not count:
+            raise InvalidSettings(
+                f"captions.table: {self.settings.table} has no caption of any photo: its names are like "
+                f"{next(iter(self.known), '')!r}, and those of the photos like {names[0]!r}"
+            )
+        return count
 
     def _make(self, missing: dict[str, int], crops: Tensor) -> None:
         """Captions the photos that have none yet, and keeps what comes of it."""
@@ -81,7 +97,14 @@ class Captioned:
             file.writelines(line + "\n" for line in lines)
 
 
-def _forms(name: str) -> tuple[str, str, str]:
-    """A name as tables have it: as it is, without suffix, without folders and suffix."""
-    path = PurePosixPath(name)
-    return name, str(path.with_suffix("")), path.stem
+def _text(cell: Any, settings: Captions) -> str:
+    """A caption as a table has it: text, its bytes in UTF-8, or nothing.  Raises InvalidSettings for another one."""
+    if isinstance(cell, bytes):
+        with suppress(UnicodeDecodeError):
+            cell = cell.decode()
+    if not isinstance(cell, str | None):
+        raise InvalidSettings(
+            f"captions.table: the column {settings.caption_column!r} of {settings.table} must be text in UTF-8, and "
+            f"has a value of type {type(cell).__name__}: {cell!r:.60}"
+        )
+    return cell or ""

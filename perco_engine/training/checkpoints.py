@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,6 +56,17 @@ def check_gradient(norm: Tensor, step: int) -> None:
             f"the gradient after step {step} is not finite, and no weight has followed it: lower learning_rate, or set "
             f'mixed_precision to "no"; the same command goes on from the newest checkpoint'
         )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises TrainingError where the libraries cannot write to the disk, whatever they raise then."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write {path} ({error}): make room; the same command goes on from the newest checkpoint"
+        ) from error
 
 
 class Checkpoints:
@@ -113,25 +125,33 @@ class Checkpoints:
             )
 
     def save(self) -> None:
-        """Writes a checkpoint of the step that is done, unless there is one; removes those that are too many."""
+        """Writes a checkpoint of the step that is done, unless there is one; removes those that are too many.
+
+        Raises TrainingError where it cannot be written.
+        """
         target = self.folder / f"step-{self.progress.step:08}"
-        partial = target.with_name(target.name + PARTIAL)
         if not target.exists():
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                for file in partial.iterdir():
-                    with file.open("r+b") as written:  # Windows writes through only what it may write
-                        os.fsync(written.fileno())
-                partial.rename(target)
-                for old in found(self.folder)[: -self.when.keep]:
-                    shutil.rmtree(old)
-            self.accelerator.wait_for_everyone()
+            with writing(target):
+                self._save(target)
         self.saved_s = time.monotonic()
+
+    def _save(self, target: Path) -> None:
+        partial = target.with_name(target.name + PARTIAL)
+        if self.accelerator.is_main_process:
+            for left in self.folder.glob(f"step-*{PARTIAL}"):  # where a run was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            for file in partial.iterdir():
+                with file.open("r+b") as written:  # Windows writes through only what it may write
+                    os.fsync(written.fileno())
+            partial.rename(target)
+            for old in found(self.folder)[: -self.when.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
     def load(self) -> bool:
         """Goes on from the newest checkpoint, if there is one.  Raises TrainingError where it cannot be read."""

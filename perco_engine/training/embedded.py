@@ -35,6 +35,7 @@ from ..models.unet import UNet2DConditionModel
 from ..picture_files import UNREADABLE
 from ..pixels import to_tensor
 from . import begun
+from .checkpoints import writing
 from .crops import Crops
 from .denoising import (
     autoencoder,
@@ -47,6 +48,7 @@ from .denoising import (
 )
 from .embedded_settings import STAGES, Clock, Embedded, StageName
 from .journal import Tell
+from .networks import quiet
 from .photos import random_crop
 from .prior import train_prior
 from .processes import accelerated
@@ -347,8 +349,10 @@ def export(run: Run, folder: Path) -> None:
         **text_parts(run),
         scheduler=new_scheduler(), default_num_inference_steps=1, default_guidance_scale=1.0,
     )  # fmt: skip
-    with new_folder(folder) as partial:
-        pipeline.to(torch.float16).save_pretrained(partial, max_shard_size="14MB")
+    with quiet():
+        pipeline.to(torch.float16)
+    with writing(folder), new_folder(folder) as partial:
+        pipeline.save_pretrained(partial, max_shard_size="14MB")
         for file in partial.glob("tokenizer/tokenizer.json"):  # 330 KB, most of it spaces
             compact = json.dumps(json.loads(file.read_bytes()), ensure_ascii=False, separators=(",", ":"))
             file.write_text(compact + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The networks of PerCo's training: where they come from, which of their weights learn, and the model in the end."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,9 +116,18 @@ def load_unet(path: Path, local_features_channels: int) -> UNet2DConditionModel:
     return unet
 
 
+def frozen_mark(pipeline: PercoPipeline) -> str:
+    """A mark of the networks that never learn, which a run that goes on takes from the base again."""
+    digest = hashlib.sha256()
+    for name, network in pipeline.networks.items():
+        for parameter in network.parameters() if name in FROZEN else ():
+            digest.update(parameter.detach().reshape(-1).numpy().data)
+    return digest.hexdigest()[:12]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps diffusers from warning of layers that a folder lacks, where that is as it should be."""
+    """Keeps diffusers from warning of what is as it should be: layers that a folder lacks, casts of whole networks."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -171,8 +181,9 @@ def merge(pipeline: PercoPipeline, learn: Learn) -> None:
 def write_model(pipeline: PercoPipeline, base: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes the model, whole or not at all: what was trained in this dtype, the rest as it is in the base's folder."""
     if dtype is not torch.float32:
-        for name in ("unet", "hyper_enc"):
-            pipeline.networks[name].to(dtype)
+        with quiet():
+            for name in ("unet", "hyper_enc"):
+                pipeline.networks[name].to(dtype)
     with new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
         for name in FROZEN:

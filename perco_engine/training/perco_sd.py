@@ -19,7 +19,7 @@ from ..pipeline import PercoPipeline
 from ..prompts import embed
 from . import begun, lpips, networks
 from .captions import Captioned
-from .checkpoints import Checkpoints, Progress, check_gradient, found
+from .checkpoints import Checkpoints, Progress, check_gradient, found, writing
 from .crops import Crop, Crops, collate
 from .journal import Journal, Tell
 from .objective import PercoObjective, draw
@@ -49,6 +49,9 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
         torch.manual_seed(settings.seed)
         base = networks.base_folder(settings.model)
         pipeline = networks.load(base, settings.model.hyper_encoder, settings.objective.prediction)
+        mark = {"model.base": networks.frozen_mark(pipeline)} if main else {}
+        if found(settings.run / "checkpoints"):
+            begun.check(settings.run, mark, since=mark)
         networks.choose_weights(pipeline, settings.learn)
         place(pipeline, settings, accelerator.device)
         objective = new_objective(pipeline, settings, accelerator.device)
@@ -79,7 +82,7 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
             apply(settings.optimizer, optimizer, schedule)
             say(f"goes on after step {progress.step}")
         elif main:
-            begun.keep(settings.run, lasting(settings))
+            begun.keep(settings.run, lasting(settings) | mark)
         if averaged is not None:
             averaged.decay = settings.compute.ema_decay  # a checkpoint has that of before
             averaged.to(accelerator.device)
@@ -121,13 +124,14 @@ def train(settings: PercoSd, tell: Tell = print) -> Path:
             if averaged is not None:
                 averaged.copy_to(weights)
             networks.merge(pipeline, settings.learn)
-            networks.write_model(pipeline, base, folder, getattr(torch, settings.compute.model_dtype))
+            with writing(folder):
+                networks.write_model(pipeline, base, folder, getattr(torch, settings.compute.model_dtype))
         accelerator.wait_for_everyone()
     return folder
 
 
-def check(settings: PercoSd) -> None:
-    """Looks for all that the settings name, before anything large is loaded.
+def check(settings: PercoSd, tell: Tell) -> None:
+    """Looks for all that the settings name, before anything large is loaded; tells how many photos have captions.
 
     Raises InvalidSettings, also where the run was begun with other settings that last.
     """
@@ -142,7 +146,10 @@ def check(settings: PercoSd) -> None:
     if start is not None and wants_lpips(settings.objective, start.bpp):
         lpips.load(settings.objective.lpips_vgg)
     if settings.captions.source == "table":
-        Captioned(settings.captions, settings.run)
+        captions = Captioned(settings.captions, settings.run)
+        if not isinstance(settings.data, WebdatasetData):
+            names = open_source(settings.data, "train").names
+            tell(f"{captions.count(names)} of {len(names)} photos have a caption in {settings.captions.table}")
     if settings.learn.scope == "lora" and find_spec("peft") is None:
         raise InvalidSettings('learn.scope: "lora" needs the package: pip install peft; or take another scope')
 
@@ -192,7 +199,8 @@ def place(pipeline: PercoPipeline, settings: PercoSd, device: torch.device) -> N
     for name, network in pipeline.networks.items():
         network.to(device).eval()
         if dtype is not torch.float32 and name not in ("unet", "hyper_enc"):
-            network.to(dtype)
+            with networks.quiet():
+                network.to(dtype)
     if hasattr(pipeline.vae, "disable_slicing"):
         pipeline.vae.disable_slicing()  # batches of training are small
     if settings.compute.gradient_checkpointing:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
-from pydantic import Discriminator
+from pydantic import AllowInfNan, Discriminator
 
 Count = Annotated[int, Ge(1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
@@ -40,7 +40,8 @@ class Photos:
 class Listed(Photos):
     """What sources share whose photos are known by name from the start.
 
-    exclude: a text file with a name a line, of photos that are left out (known to be corrupt, for example).
+    exclude: a text file with a name a line, of photos that are left out (known to be corrupt, for example): paths in
+        the folder, or as an image list has them, or these without suffix, without folders, or without both.
     held_out: the share of photos, chosen by a hash of their names, that is never trained on.
     in_memory: keep every photo that was read, decoded (3 bytes a pixel).
     """
@@ -114,7 +115,7 @@ class Captions:
     source: none; sidecar (.txt beside the photo, or in the shard); table (a .csv or .parquet file); captioner (made
         when a photo is first seen, and kept in the run's folder).
     table, name_column, caption_column: the table; its names are paths in the data's folder, or these without suffix,
-        or without folders and suffix.
+        without folders, or without both.
     captioner: "blip2", or a model's name or folder, as for `perco encode --captioner`.
     A photo without a caption trains without one.
     """
@@ -255,7 +256,7 @@ class ValidationSettings:
     every_steps: Count = 1000
     photos: Count = 4
     folder: Path | None = None
-    inference_steps: Count = 20
+    inference_steps: Annotated[int, Interval(ge=1, le=999)] = 20
     guidance_scale: NotNegative = 3.0
 
 

@@ -118,6 +118,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield f"optimizer.warmup_steps must be at most optimizer.steps ({optimizer.steps})"
     if start and start.bpp not in [point.bpp for point in PERCO_SD]:
         yield f"model.hyper_encoder.bpp must be one of {', '.join(str(p.bpp) for p in PERCO_SD)}, not {start.bpp}"
+    if start and start.design == "elic" and start.local_features < 2:
+        yield "model.hyper_encoder.local_features must be at least 2 in the design elic, not 1"
     if settings.captions.source == "table" and settings.captions.table is None:
         yield "captions.table is missing: name the .csv or .parquet file, or take another captions.source"
     if settings.captions.source != "table" and settings.captions.table is not None:

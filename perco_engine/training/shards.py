@@ -140,6 +140,10 @@ def _decode(sample: dict[str, Any]) -> Image.Image:
     """The picture in a sample.  Raises UNREADABLE."""
     data = next((sample[kind] for kind in PICTURES if kind in sample), None)
     if data is None:
-        raise ValueError(f"no picture ({', '.join(PICTURES)}) under this name")
+        suffixes = ", ".join(f".{kind}" for kind in sample if not kind.startswith("__"))
+        raise ValueError(
+            f"no picture ({', '.join(PICTURES)}) under this name, but {suffixes}; a suffix begins at the first dot, so "
+            f"that names must have no other one"
+        )
     with Image.open(io.BytesIO(data)) as photo:
         return pixels.to_rgb(pixels.as_seen(photo))

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import posixpath
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +122,9 @@ def _open_images(data: OpenImagesData) -> list[str]:
         listed = read_text(path, key).split()
     # One look at the folder tells the layout; nine million photos are not looked for one by one.
     nested = any((data.folder / name.split("/")[0]).is_dir() for name in listed[:1] if "/" in name)
-    return [f"{name if nested else name.rsplit('/', 1)[-1]}.jpg" for name in dict.fromkeys(listed)]
+    excluded = _excluded(data)  # by the names of the list here, and by those of the files in _chosen
+    kept = (name for name in dict.fromkeys(listed) if excluded.isdisjoint((name, f"{name}.jpg")))
+    return [f"{name if nested else name.rsplit('/', 1)[-1]}.jpg" for name in kept]
 
 
 def _tfds(data: TfdsData, split: str) -> Source:
@@ -151,19 +154,31 @@ def _tfds(data: TfdsData, split: str) -> Source:
 
 def _chosen(names: Sequence[str], data: Listed, split: str | None) -> list[str]:
     """Those of the names that are not excluded, and of the split; None: of any."""
-    excluded = set(read_text(data.exclude, "data.exclude").splitlines()) if data.exclude else set()
+    excluded = _excluded(data)
     return [
         name
         for name in names
-        if not {name, name.rsplit(".", 1)[0], name.rsplit("/", 1)[-1], name.rsplit("/", 1)[-1].rsplit(".", 1)[0]}
-        & excluded
-        and (split is None or split == SPLITS[is_held_out(name, data.held_out)])
+        if excluded.isdisjoint(forms(name)) and (split is None or split == SPLITS[is_held_out(name, data.held_out)])
     ]
+
+
+def _excluded(data: Listed) -> set[str]:
+    """The names of photos that are left out.  Raises InvalidSettings."""
+    if data.exclude is None:
+        return set()
+    return {line.strip() for line in read_text(data.exclude, "data.exclude").splitlines()}
+
+
+def forms(name: str) -> tuple[str, str, str, str]:
+    """A photo's name as lists and tables have it: as it is, without suffix, without folders, without both."""
+    last = name.rsplit("/", 1)[-1]
+    return name, posixpath.splitext(name)[0], last, posixpath.splitext(last)[0]
 
 
 def is_held_out(name: str, share: float) -> bool:
     """Whether a photo is one of those that are never trained on: the same answer on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
+    encoded = name.encode("utf-8", "surrogatepass")  # also a file's name that is not in UTF-8
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big") < share * 2**64
 
 
 def read_text(path: Path, key: str) -> str:

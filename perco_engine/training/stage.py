@@ -21,7 +21,7 @@ from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.unet import UNet2DConditionModel
 from . import checkpoints
-from .checkpoints import Checkpoints, Progress, check_gradient
+from .checkpoints import Checkpoints, Progress, check_gradient, writing
 from .crops import Crop, Crops, collate
 from .embedded_settings import Clock, Embedded, StageName
 from .journal import Journal, Tell
@@ -257,7 +257,7 @@ class Stage:
         """Writes what the stage was for, for the next one: networks by their names in a model folder."""
         target = self.run.folder(self.name) / "finished"
         if self.accelerator.is_main_process:
-            with progress_bars_off(), new_folder(target) as partial:
+            with writing(target), progress_bars_off(), new_folder(target) as partial:
                 for name, network in networks.items():
                     network.save_pretrained(partial / name)
         self.accelerator.wait_for_everyone()
