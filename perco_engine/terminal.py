@@ -150,7 +150,8 @@ def sixel(picture: Image.Image) -> str:
     """As Sixel graphics (DEC VT330/VT340): up to 256 colours, six rows at a time, a run of equal columns as !n."""
     import numpy as np
 
-    reduced = picture.quantize(SIXEL_COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
+    colours = picture.quantize(SIXEL_COLOURS)
+    reduced = picture.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG)  # no dither without a palette
     indices = np.asarray(reduced)
     palette = np.array(reduced.getpalette(), np.uint16).reshape(-1, 3)
     parts = [f'\x1bP0;1q"1;1;{picture.width};{picture.height}']

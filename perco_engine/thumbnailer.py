@@ -11,6 +11,7 @@ shown leaves no OUTPUT.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from .errors import LimitExceeded, ModelUnavailable, PercoError
+from .printable import printable
 from .thumbnails import LARGEST_PX, keys, png, thumbnail_name, uri
 from .version import __version__
 
@@ -47,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("input", help="the .perco file, or its file:// URI")
     parser.add_argument("output", help="where the PNG is written, whatever its name")
     options = parser.parse_args(arguments)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that are damaged
     if options.size < 1:
         parser.error(f"a thumbnail has at least 1 pixel a side, not {options.size}")
     source, target = Path(_path(options.input)), Path(options.output)
@@ -61,10 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
             with waiting(f"{target} cannot be written"):
                 write(source, target, picture)
     except (PercoError, OSError, ValueError) as error:
-        print(f"perco-thumbnailer: {error}", file=sys.stderr)
+        print(printable(f"perco-thumbnailer: {error}"), file=sys.stderr)
         return 1
     except MemoryError:
-        print(f"perco-thumbnailer: {source} needs more than {MOST_BYTES >> 20} MB of memory", file=sys.stderr)
+        text = f"perco-thumbnailer: {source} needs more than {MOST_BYTES >> 20} MB of memory"
+        print(printable(text), file=sys.stderr)
         return 1
     return 0
 

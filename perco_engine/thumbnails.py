@@ -94,7 +94,7 @@ def keys(path: str | os.PathLike[str], state: os.stat_result | None = None) -> d
     state = state or Path(path).stat()
     return {
         "Thumb::URI": uri(path),
-        "Thumb::MTime": str(int(state.st_mtime)),
+        "Thumb::MTime": str(state.st_mtime_ns // 10**9),
         "Thumb::Size": str(state.st_size),
         "Thumb::Mimetype": MIME_TYPE,
         "Software": "pillow-perco",
@@ -182,7 +182,10 @@ def is_wanted(asked: bool | None, engine: "Engine | FamilyEngine") -> bool:
 
 @dataclass(frozen=True)
 class Filled:
-    """What `fill` did for one file: `made` new thumbnails, or found current ones, or failed for the reason `error`."""
+    """What `fill` did for one file: `made` new thumbnails, or found current ones, or failed for the reason `error`.
+
+    Or why a folder cannot be read.
+    """
 
     path: Path
     made: bool = False
@@ -192,6 +195,7 @@ class Filled:
 def fill(folder: Path, *, recursive: bool = False, again: bool = False) -> Iterator[Filled]:
     """Puts thumbnails of the .perco files of a folder into the cache, decoded by their models; one result a file.
 
+    recursive: with those of all folders below it.  Hidden ones are left out, and folders that cannot be read are told.
     again: also where the cache holds current ones.
     Raises OSError where there is no cache or no such folder.
     """
@@ -199,9 +203,11 @@ def fill(folder: Path, *, recursive: bool = False, again: bool = False) -> Itera
         raise OSError("there is no thumbnail cache to fill: this user has no home folder of their own")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    paths = sorted(path for path in found if path.suffix.lower() == ".perco" and path.is_file())
-    yield from fill_files(paths, again=again)
+    from .conversion import is_perco, scan  # which imports Pillow
+
+    found = scan(folder, recursive)
+    yield from fill_files((path for path, problem in found if is_perco(path) and not problem), again=again)
+    yield from (Filled(path, error=problem) for path, problem in found if problem)
 
 
 def fill_files(paths: Iterable[Path], *, again: bool = False) -> Iterator[Filled]:

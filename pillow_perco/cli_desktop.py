@@ -105,7 +105,7 @@ def status() -> None:
 @click.option("-r", "--recursive", is_flag=True, help="With all folders below it.")
 @click.option("--again", is_flag=True, help="Also where there are current ones.")
 def thumbnails(folder: Path, recursive: bool, again: bool) -> None:
-    """Put thumbnails in full quality of FOLDER's .perco files into your thumbnail cache."""
+    """Put thumbnails in full quality of FOLDER's .perco files, hidden ones excepted, into your thumbnail cache."""
     from perco_engine.thumbnails import fill
 
     _check_system()

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 import pillow_perco
 from perco_engine import get_engine, preview
 from perco_engine.codes import Metadata
+from perco_engine.evaluation.contact_sheet import samples_sheet
 from perco_engine.picture_files import picture_bytes
 from perco_engine.thumbnails import cache_paths, uri
 from pillow_perco.cli import main
@@ -53,6 +54,12 @@ def test_samples_are_a_sheet_of_several_seeds(jpeg: Path, tiny_model: Path, tmp_
         assert picture.size == (2 * 192 + 3 * 16, 2 * (128 + 24 + 16) + 3 * 16)
         corners = [picture.crop((x, y, x + 192, y + 128)).tobytes() for x in (16, 224) for y in (16, 200)]
     assert len(set(corners)) == 4
+
+
+def test_captions_of_a_sheet_do_not_run_into_each_other() -> None:
+    seeds, picture = range(4294967290, 4294967294), Image.new("RGB", (8, 64))
+    widths = [samples_sheet([picture], [seed]).width - 16 for seed in seeds]
+    assert min(widths) > 100 and samples_sheet([picture] * 4, seeds).width == sum(widths) + 16
 
 
 def test_photos_are_turned_upright(jpeg: Path, photo: Image.Image, tmp_path: Path) -> None:

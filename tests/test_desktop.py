@@ -23,7 +23,10 @@ from pillow_perco.desktop import check, install, points, system, thunar
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the desktop is that of freedesktop.org")
 
-needs_databases = pytest.mark.skipif(not shutil.which("update-mime-database"), reason="no shared-mime-info")
+needs_databases = pytest.mark.skipif(
+    not all(map(shutil.which, (install.MIME_DATABASE, install.DESKTOP_DATABASE))),
+    reason="no shared-mime-info, or no desktop-file-utils",
+)
 
 OTHERS = """<?xml version="1.0" encoding="UTF-8"?>
 <!-- mine -->
@@ -99,6 +102,43 @@ def test_what_the_user_has_stays(home: Path) -> None:
     assert "TryExec" in (home / ".local/share/thumbnailers/pillow-perco.thumbnailer").read_text()
     perco("uninstall")
     assert snapshot(home) == before
+
+
+@needs_databases
+def test_folders_and_links_of_the_user_s_stay(home: Path) -> None:
+    share = home / ".local/share"
+    for name in ("dotfiles", ".local/share/nautilus-python/extensions/__pycache__", ".local/share/mime/packages"):
+        (home / name).mkdir(parents=True)
+    (share / "applications").symlink_to(home / "dotfiles")
+    (share / "mime/packages/mine.xml").write_text(
+        (points.ASSETS / "mime/pillow-perco.xml").read_text().replace("image/x-perco", "text/x-mine")
+    )
+    subprocess.run(["update-mime-database", share / "mime"], check=True)
+    before = snapshot(home)
+    perco("install")
+    assert (share / "mime/image/x-perco.xml").exists() and (home / "dotfiles/mimeinfo.cache").exists()
+    assert perco("uninstall").exit_code == 0
+    assert snapshot(home) == before and (share / "applications").is_symlink()
+
+
+def test_an_empty_folder_of_the_user_s_stays(home: Path) -> None:
+    (home / ".local/share/applications").mkdir(parents=True)
+    before = snapshot(home)
+    perco("install")
+    perco("uninstall")
+    assert snapshot(home) == before
+
+
+def test_an_uninstallation_that_broke_off_can_be_run_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*_: object) -> None:
+        raise OSError("no more")
+
+    perco("install")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", break_off)
+        assert perco("uninstall").exit_code == 1
+    assert perco("uninstall").exit_code == 0
+    assert snapshot(home) == {}
 
 
 def test_what_was_changed_since_is_told_and_left(home: Path) -> None:
@@ -241,6 +281,20 @@ def test_the_findings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest.write_text(json.dumps({"nonsense": 1}))
     assert "damaged" in perco("status").output
     assert "Pillow plugin            registered" in CliRunner().invoke(main, ["doctor"]).output
+
+
+@needs_databases
+def test_what_no_double_click_would_open_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    perco("install")
+    assert "double-click             knows image/x-perco\n" in perco("status").output
+    cache = home / ".local/share/applications/mimeinfo.cache"
+    cache.write_text("[MIME Cache]\nimage/x-perco=other.desktop;\n")
+    result = perco("status")
+    told = "double-click             nothing of ours is in applications/mimeinfo.cache: perco desktop install\n"
+    assert told in result.output and result.exit_code == 1
+    cache.unlink()
+    monkeypatch.setenv("PATH", "/none")
+    assert "update-desktop-database is missing: install desktop-file-utils, then: perco" in perco("status").output
 
 
 def test_the_command_for_all_users_is_one_that_sudo_finds(monkeypatch: pytest.MonkeyPatch) -> None:

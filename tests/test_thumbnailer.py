@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perco_engine import bitstream, get_engine, rates, weights
+from perco_engine import Metadata, bitstream, get_engine, rates, thumbnailer, weights
 from perco_engine.bitstream.prior import Prior
 from perco_engine.codes import Codes, ModelReference
 from perco_engine.thumbnails import uri
@@ -87,6 +87,26 @@ def test_wrong_command_lines(coded: Path, tmp_path: Path) -> None:
 def test_where_nothing_can_be_written(coded: Path, tmp_path: Path) -> None:
     run = thumbnail(coded, tmp_path / "no" / "x.png")
     assert run.returncode == 1 and run.stderr.startswith("perco-thumbnailer: ") and "Traceback" not in run.stderr
+
+
+def test_what_it_says_is_a_line_of_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(thumbnailer, "limit", lambda: None)
+    name = "nope\n\x1b[31mRED.perco"
+    assert thumbnailer.main([name, "x.png"]) == 1
+    monkeypatch.setattr(thumbnailer, "read", render)
+    assert thumbnailer.main([name, "x.png"]) == 1
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(r"perco-thumbnailer: nope\n\x1b[31mRED.perco ")
+
+
+def test_damaged_exif_is_nothing_to_speak_of(photo: Image.Image, tmp_path: Path) -> None:
+    source = tmp_path / "x.perco"
+    source.write_bytes(get_engine().encode(photo, metadata=Metadata(exif=b"II*\0\x08\0\0\0\xff\xff"), effort=0))
+    run = thumbnail("-s", "64", source, tmp_path / "x.png")
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def packed(width: int, height: int, level: int, fill: Callable[[tuple[int, int], int], np.ndarray]) -> bytes:

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -67,7 +68,7 @@ def test_the_path_is_the_one_that_is_shown(tmp_path: Path, monkeypatch: pytest.M
 def test_all_sizes_with_their_keys(cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "a b.perco"
     file.write_bytes(b"twelve bytes")
-    os.utime(file, (1_700_000_000, 1_700_000_000.9))
+    os.utime(file, ns=(0, 1_700_000_000_999_999_999))  # which no float holds
     failed = cache / "fail" / "gnome-thumbnail-factory" / thumbnails.cache_paths(thumbnails.uri(file))["normal"].name
     failed.parent.mkdir(parents=True)
     failed.write_bytes(b"failed")
@@ -167,6 +168,21 @@ def test_a_folder_is_filled_once(cache: Path, tmp_path: Path, photo: Image.Image
         assert thumbnail.size == (128, 85)
         mean = thumbnail.resize((1, 1)).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(mean, photo.resize((1, 1)).getpixel((0, 0)), strict=True)) < 12
+
+
+def test_a_folder_that_cannot_be_read_is_told(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, closed = os.scandir, tmp_path / "closed"
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    closed.mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    told = thumbnails.Filled(closed, error="this folder cannot be read (Permission denied)")
+    assert list(thumbnails.fill(tmp_path, recursive=True)) == [told]
+    assert list(thumbnails.fill(closed)) == [told] and not list(thumbnails.fill(tmp_path))
 
 
 def test_the_module_leaves_torch_alone() -> None:

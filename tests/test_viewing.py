@@ -111,6 +111,15 @@ def test_sixel_in_letters() -> None:
     assert terminal.sixel(picture) == '\x1bP0;1q"1;1;5;7#0;2;100;0;0#0!5~-#0!5@-\x1b\\'
 
 
+def test_sixel_mixes_colours_that_its_palette_lacks() -> None:
+    """Rows of one colour each, more than 256 of them: without dithering each stays of one colour."""
+    ramp = np.linspace(0, 255, 600)
+    rows = np.stack([ramp, ramp / 2, 255 - ramp / 3], 1).astype(np.uint8)
+    picture = Image.fromarray(np.broadcast_to(rows[:, None], (600, 64, 3)).copy())
+    lines = re.findall(r"#\d+([^#$;]+)(?=[$-])", terminal.sixel(picture))
+    assert sum(re.fullmatch(r"!64.", line) is None for line in lines) > len(lines) / 2
+
+
 def test_sixel_read_by_another_program(photo: Image.Image, tmp_path: Path) -> None:
     formats = ""
     if shutil.which("convert"):

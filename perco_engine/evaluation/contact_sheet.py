@@ -1,5 +1,6 @@
 """Contact sheets: pictures side by side, each with its caption below."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,16 +17,20 @@ class Cell:
     image: Image.Image
     lines: tuple[str, ...] = ()
 
+    def width_px(self, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+        """Of the picture, or of a line where one is wider."""
+        return max([self.image.width, *(math.ceil(font.getlength(line)) for line in self.lines)])
+
 
 def contact_sheet(rows: Sequence[Sequence[Cell]], text_px: int = 18) -> Image.Image:
-    """The rows of cells as one picture, mode RGB; every column is as wide as its widest picture.
+    """The rows of cells as one picture, mode RGB; every column is as wide as its widest picture or line.
 
     Pictures are shown pixel for pixel, opacity over a checkerboard.
     """
     font = ImageFont.load_default(text_px)
     line_height = round(text_px * 1.35)
     columns = max(len(row) for row in rows)
-    widths = [max(row[c].image.width for row in rows if c < len(row)) for c in range(columns)]
+    widths = [max(cell.width_px(font) for row in rows for cell in row[c : c + 1]) for c in range(columns)]
     text_heights = [line_height * max(len(cell.lines) for cell in row) for row in rows]
     heights = [
         max(cell.image.height for cell in row) + text + MARGIN for row, text in zip(rows, text_heights, strict=True)

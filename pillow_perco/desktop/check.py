@@ -1,6 +1,7 @@
 """Whether each desktop point would really work, and the command that mends what would not."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,7 +60,7 @@ def findings() -> Iterator[Finding]:
             yield from _files(place, wanted=place in installed or not installed)
     if not installed:
         return
-    yield from _database(installed)
+    yield from _databases(installed)
     yield from _helper(installed)
     yield from _failures()
 
@@ -101,16 +102,24 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
         yield Finding("menu entries", f"other users cannot run {place.perco[0]}: {secret} is closed to them")
 
 
-def _database(installed: list[Place]) -> Iterator[Finding]:
-    """Whether a file is known by its bytes and its name."""
-    mend = install_system() if installed[0].is_system else INSTALL
-    caches = [place.data / "mime" / "mime.cache" for place in installed]
-    if any(MIME_TYPE.encode() in (_read(cache) or b"") for cache in caches):
-        yield Finding("MIME database", f"knows {MIME_TYPE}")
-    elif shutil.which(install.MIME_DATABASE) is None:
-        yield Finding("MIME database", f"{install.MIME_DATABASE} is missing: install shared-mime-info, then", mend)
-    else:
-        yield Finding("MIME database", f"does not know {MIME_TYPE}", mend)
+def _databases(installed: list[Place]) -> Iterator[Finding]:
+    """Whether a file is known by its bytes and its name, and what opens it."""
+    kind, viewer = re.escape(MIME_TYPE), re.escape(Path(points.VIEWER).name)
+    for name, source, cache, known, command, package in (
+        ("MIME database", points.KIND, "mime/mime.cache", kind, install.MIME_DATABASE, "shared-mime-info"),
+        (
+            "double-click", points.VIEWER, "applications/mimeinfo.cache", rf"(?m)^{kind}=(.*;)?{viewer}(;|$)",
+            install.DESKTOP_DATABASE, "desktop-file-utils",
+        ),
+    ):  # fmt: skip
+        holder = next((place for place in installed if (place.data / source).exists()), installed[0])
+        mend = install_system() if holder.is_system else INSTALL
+        if any(re.search(known.encode(), _read(place.data / cache) or b"") for place in installed):
+            yield Finding(name, f"knows {MIME_TYPE}")
+        elif shutil.which(command) is None:
+            yield Finding(name, f"{command} is missing: install {package}, then", mend)
+        else:
+            yield Finding(name, f"nothing of ours is in {cache}", mend)
 
 
 def _is_left_to_system(place: Place) -> bool:

@@ -95,18 +95,15 @@ def uninstall(place: Place) -> Iterator[str]:
     except OSError as error:
         failed = error
     _run_databases(place, manifest)
-    if failed is None:
-        manifest.path.unlink(missing_ok=True)
-    else:
-        manifest.save()
+    manifest.save()
     for database in map(manifest.place, manifest.databases):
         if not _others(database, place):
             database.unlink(missing_ok=True)
-            _remove_if_empty(database.parent)
-    for folder in map(manifest.place, reversed(manifest.folders)):
-        _remove_if_empty(folder)
+    _remove_folders(manifest)
     if failed is not None:
         raise failed
+    manifest.path.unlink(missing_ok=True)  # the last of all, so that what broke off before can be run again
+    _remove_folders(manifest)  # those that it lay in
 
 
 def _take_out(path: Path, place: Place, manifest: Manifest) -> str:
@@ -133,13 +130,21 @@ def _without_our_actions(menu: Path) -> bytes | None:
 def _remove_compiled(path: Path) -> None:
     """Removes what Python, in Nautilus, has made of a file that is gone."""
     folder = path.parent / "__pycache__"
-    for compiled in folder.glob(f"{path.stem}.*.pyc") if path.suffix == ".py" else ():
+    ours = list(folder.glob(f"{path.stem}.*.pyc")) if path.suffix == ".py" else []
+    for compiled in ours:
         compiled.unlink()
-    _remove_if_empty(folder)
+    if ours:
+        _remove_if_empty(folder)
+
+
+def _remove_folders(manifest: Manifest) -> None:
+    """Removes the folders that were made, as far as nothing is in them."""
+    for folder in map(manifest.place, reversed(manifest.folders)):
+        _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
@@ -209,14 +214,14 @@ def _refresh(place: Place, manifest: Manifest) -> Iterator[str]:
 
 
 def _run_databases(place: Place, manifest: Manifest) -> list[str]:
-    """Runs the refreshing commands, and remembers which files that made; returns those that this machine lacks.
+    """Runs the refreshing commands, and remembers what that made; returns those that this machine lacks.
 
     Not in a package: each system runs them.
     """
     missing: list[str] = []
     if place.root != Path("/"):
         return missing
-    before = set(_database_files(place))
+    before = {*_database_files(place), *_database_folders(place)}
     for command, folder in ((MIME_DATABASE, place.data / "mime"), (DESKTOP_DATABASE, place.data / "applications")):
         if not folder.is_dir() or (command == MIME_DATABASE and not (folder / "packages").is_dir()):
             continue
@@ -226,6 +231,8 @@ def _run_databases(place: Place, manifest: Manifest) -> list[str]:
             subprocess.run([command, str(folder)], check=False, capture_output=True)
     new = [manifest.name(path) for path in _database_files(place) if path not in before]
     manifest.databases = sorted({*manifest.databases, *new})
+    made = [manifest.name(path) for path in _database_folders(place) if path not in before]
+    manifest.folders += [name for name in made if name not in manifest.folders]
     return missing
 
 
@@ -238,6 +245,12 @@ def _database_files(place: Place) -> Iterator[Path]:
     cache = place.data / "applications" / "mimeinfo.cache"
     if cache.exists():
         yield cache
+
+
+def _database_folders(place: Place) -> Iterator[Path]:
+    """The folders of the MIME database at present, outer ones first."""
+    mime = place.data / "mime"
+    yield from (path for path in mime.rglob("*") if path.is_dir()) if mime.is_dir() else ()
 
 
 def _others(path: Path, place: Place) -> bool:

@@ -25,7 +25,7 @@ def content(path: Path) -> bytes | None:
 @dataclass
 class Manifest:
     """written: SHA-256 of each file as it was installed.  before: what it held, in base64, where it was there already.
-    folders: those that were made, outer ones first.  databases: files that the refreshing of databases made.
+    folders: those that were made, for databases too, outer ones first.  databases: files that their refreshing made.
     root: what stands for / while a package is built; the names are without it.
     """
 

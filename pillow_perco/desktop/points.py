@@ -30,6 +30,7 @@ RATES = (
 
 SYSTEM_PREFIX = Path("/usr/local")
 
+KIND = "mime/packages/pillow-perco.xml"
 VIEWER, THUMBNAILER = "applications/pillow-perco.desktop", "thumbnailers/pillow-perco.thumbnailer"
 """Files of an installation, below its `Place.data`, that are looked at once more."""
 
@@ -132,7 +133,7 @@ def files(place: Place) -> dict[Path, tuple[bytes, int]]:
     }
     made: dict[Path, tuple[bytes, int]] = {}
     for asset, target, mode in (
-        ("mime/pillow-perco.xml", "mime/packages/pillow-perco.xml", 0o644),
+        ("mime/pillow-perco.xml", KIND, 0o644),
         ("thumbnailer/pillow-perco.thumbnailer", THUMBNAILER, 0o644),
         ("open-with/pillow-perco.desktop", VIEWER, 0o644),
         ("nautilus/pillow_perco_menu.py", "nautilus-python/extensions/pillow_perco_menu.py", 0o644),
