@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import pillow_perco
-from perco_engine import thumbnails
+from perco_engine import files, thumbnails
 
 pytestmark = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="freedesktop's cache")
 
@@ -167,6 +167,17 @@ def test_a_folder_is_filled_once(cache: Path, tmp_path: Path, photo: Image.Image
         assert thumbnail.size == (128, 85)
         mean = thumbnail.resize((1, 1)).getpixel((0, 0))
         assert max(abs(a - b) for a, b in zip(mean, photo.resize((1, 1)).getpixel((0, 0)), strict=True)) < 12
+
+
+def test_a_failure_without_a_text_is_a_failure(
+    cache: Path, tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    pillow_perco.save(photo, tmp_path / "a.perco")
+    monkeypatch.setattr(files, "read_perco_file", fail)
+    assert [one.error for one in thumbnails.fill(tmp_path)] == ["MemoryError"]
 
 
 def test_the_module_leaves_torch_alone() -> None:

@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import InvalidModel
-from ..model_folder import read_json
-from ..weights import WEIGHT_FILES
+from ..errors import InvalidModel, first_line
+from ..model_files import WEIGHT_FILES, read_json
 
 WEIGHTLESS = ("scheduler", "tokenizer")
 """Components that are configuration alone."""
@@ -152,7 +151,7 @@ def convert_pickle(source: Path, target: Path) -> None:
     except Exception as error:  # torch raises whatever a wrong file leads it to
         raise InvalidModel(
             f"{source} is not opened: it is damaged, or a pickle that wants more than tensors and could run anything. "
-            f"Ask its authors for safetensors. ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"Ask its authors for safetensors. ({first_line(error)})"
         ) from error
     if not (
         isinstance(state, Mapping)

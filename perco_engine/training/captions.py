@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..captioner import caption_pictures, get_captioner
-from ..pixels import to_images
+from ..tensors import to_images
 from .settings import Captions
 from .sources import read_table
 
