@@ -25,7 +25,7 @@ from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
 from .conversion import Task
-from .errors import PercoError
+from .errors import PercoError, full_text
 from .printable import printable
 
 READERS = WRITERS = 2
@@ -158,10 +158,9 @@ class _Work:
     def _fail(self, task: Task, pixels: int, error: Exception) -> None:
         self._budget.give_back(pixels)
         # Pillow's plugins raise errors of many kinds for bad files, some with texts that say nothing without the kind.
-        text = (
-            str(error) if isinstance(error, OSError | ValueError | PercoError) else f"{type(error).__name__}: {error}"
-        )
-        self._done.put(Result(task, "failed", error=text or type(error).__name__))
+        plain = isinstance(error, OSError | ValueError | PercoError) or not str(error)
+        text = full_text(error) if plain else f"{type(error).__name__}: {error}"
+        self._done.put(Result(task, "failed", error=text))
 
     def _read_all(self) -> None:
         while not self._stopping.is_set():

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .bitstream.chunks import MAX_CAPTION_BYTES
 from .devices import best_dtype, cache, usable_device, weights_bytes
-from .errors import InvalidModel, ModelUnavailable, NotEnoughMemory
+from .errors import InvalidModel, ModelUnavailable, NotEnoughMemory, first_line
 from .locks import Lock
 from .memory import is_out_of_memory
 from .model_folder import progress_bars_off
@@ -333,7 +333,7 @@ def _fetch(load: Callable[..., Any], model: str | os.PathLike[str], **options: A
         try:
             return load(str(model), local_files_only=offline or folder.is_dir(), **options)
         except Exception as error:  # the libraries raise whatever a wrong file leads them to
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if folder.is_dir() or not isinstance(error, OSError):
                 raise InvalidModel(f"cannot load the caption model {str(model)!r}: {reason}") from error
             raise ModelUnavailable(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .bitstream.entropy import CDF
 from .bitstream.prior import Prior
-from .models.autoencoder import PATCH
 from .models.hyper_encoder import HyperEncoder
 from .models.ladder import HyperLadder
+from .rates import LATENT_PX
 from .sampling import check_finite
 
 
@@ -71,7 +71,7 @@ def _coarsest(
         return indices.astype(np.int32)
 
     rows, columns = latents.shape[-2:]
-    walk = prior.walk(ladder.rate_points[level], columns * PATCH, rows * PATCH, cheapest)
+    walk = prior.walk(ladder.rate_points[level], columns * LATENT_PX, rows * LATENT_PX, cheapest)
     estimate, grids = torch.zeros_like(latents), list[Tensor]()
     for k, (weight, rung) in enumerate(zip(ladder.config.prior_weights, ladder.levels[: level + 1], strict=False)):
         codes = _shifted(rung.encode(latents, estimate), shifts, k)

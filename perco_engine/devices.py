@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from .errors import first_line
 from .locks import Lock
 
 BUILDING = Lock(reentrant=True)
@@ -42,9 +43,9 @@ def _tried(device: str | torch.device | None) -> torch.device:
         probe = torch.zeros(1, device=torch.device(named))
         probe.tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+        why = f"{first_line(error):.120}"
         instead = 'take "cpu"' if device is None else 'leave it out, or take "cpu"'
-        raise ValueError(f"the device {str(named)!r} cannot be used here ({reason:.120}): {instead}") from error
+        raise ValueError(f"the device {str(named)!r} cannot be used here ({why}): {instead}") from error
     return probe.device  # "cuda:0" for "cuda", so that one device has one name
 
 

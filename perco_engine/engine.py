@@ -32,6 +32,7 @@ from .options import check_seed, whole_number
 from .picture_files import within
 from .pipeline import PercoPipeline
 from .search import MOST_STEPS
+from .tensors import to_images, to_tensor
 from .torchac_backend import AutomaticCoder
 
 CODER = AutomaticCoder()
@@ -153,8 +154,8 @@ class Engine:
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
         metadata: EXIF, ICC and XMP blocks, stored as they are; those of all pictures, or of each.
 
-        Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, and
-        ModelUnavailable or InvalidModel for the captioner.
+        Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, ModelUnavailable
+        or InvalidModel for the captioner, NotEnoughMemory, and NotFinite where the networks fail.
         """
         level = self._level(bpp, highest=max_bytes is not None)
         if max_bytes is not None:
@@ -207,7 +208,7 @@ class Engine:
         found: list[tuple[NDArray[np.int32], ...]] = [()] * len(images)
         for group in _groups([image.size for image in images]):
             with self.at_work("encode", len(group), images[group[0]].size):
-                batch = pixels.to_tensor([pixels.to_rgb(images[k]) for k in group])
+                batch = to_tensor([pixels.to_rgb(images[k]) for k in group])
                 grids = self.pipeline.encode_image(batch, level, self.prior, thrift)
             for row, k in enumerate(group):
                 found[k] = tuple(grid[row].to(torch.int32).cpu().numpy() for grid in grids)
@@ -245,7 +246,9 @@ class Engine:
         allow_truncated: show what the complete levels of a truncated file still give.
 
         The same file gives the same pixels on the same machine, alone or in a batch, up to rounding (1 level of 256).
-        Raises BitstreamError, ModelUnavailable, LimitExceeded.
+        Raises ValueError for values outside of these, BitstreamError (LimitExceeded for too large a picture),
+        ModelUnavailable, InvalidModel or UnsupportedRatePoint for the model that a file names, NotEnoughMemory, and
+        NotFinite where the networks fail.
         """
         seeds = [None if one is None else check_seed(one) for one in for_each(seed, len(files), "seeds")]
         if steps is not None:
@@ -310,8 +313,8 @@ class Engine:
                 "guidance_scale": guidance_scale,
             }
             if first.reduction > 1:
-                return pixels.to_images(self.pipeline.decode_preview(indices, *size, first.reduction, **options))
-            return pixels.to_images(self.pipeline.decode_indices(indices, *size, **options, output_type="pt"))
+                return to_images(self.pipeline.decode_preview(indices, *size, first.reduction, **options))
+            return to_images(self.pipeline.decode_indices(indices, *size, **options, output_type="pt"))
 
 
 def _groups(keys: Sequence[tuple[Any, ...]]) -> list[list[int]]:

@@ -133,3 +133,13 @@ class TrainingError(PercoError):
 
 class InvalidSettings(TrainingError, ValueError):
     """The settings of a training run are missing, unknown, out of range, or contradict each other."""
+
+
+def full_text(error: BaseException) -> str:
+    """What an error says; its class's name where it says nothing, as MemoryError() does."""
+    return str(error) if str(error).strip() else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without blank ones: libraries' errors may go on for pages."""
+    return full_text(error).strip().splitlines()[0]

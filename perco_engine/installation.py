@@ -9,7 +9,7 @@ Raises UnfitPackages.
 import importlib.util
 from importlib.metadata import version
 
-from .errors import UnfitPackages
+from .errors import UnfitPackages, first_line
 
 
 def _check_torchvision() -> str | None:
@@ -19,10 +19,9 @@ def _check_torchvision() -> str | None:
     try:
         importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnfitPackages(
-            f"torchvision {version('torchvision')} does not work with torch {version('torch')} ({reason}), and "
-            f"transformers cannot be imported beside it: install both from the same index, or pip uninstall "
+            f"torchvision {version('torchvision')} does not work with torch {version('torch')} ({first_line(error)}), "
+            f"and transformers cannot be imported beside it: install both from the same index, or pip uninstall "
             f"torchvision (only LPIPS, DISTS and FID need it)"
         ) from error
     return version("torchvision")

@@ -11,7 +11,8 @@ from .devices import weights_bytes
 from .errors import NotEnoughMemory, OffloadUnavailable
 from .latent_tiles import LATENTS_AT_ONCE
 from .models.autoencoder import PatchAutoencoder
-from .pipeline import VAE_FACTOR, PercoPipeline
+from .pipeline import PercoPipeline
+from .rates import LATENT_PX
 
 GIB = 1 << 30
 
@@ -69,7 +70,7 @@ def working_bytes(pipeline: PercoPipeline) -> int:
     """
     activations = UNET_ACTIVATIONS * LATENTS_AT_ONCE * int(pipeline.unet.config.block_out_channels[0])
     if not isinstance(pipeline.vae, PatchAutoencoder):
-        pixels = (pipeline.vae_tile_latents * VAE_FACTOR) ** 2
+        pixels = (pipeline.vae_tile_latents * LATENT_PX) ** 2
         activations = max(activations, int(VAE_ACTIVATIONS * pixels * pipeline.vae.config.block_out_channels[0]))
     return activations * int(pipeline.unet.dtype.itemsize) + WORKSPACE_BYTES
 

@@ -1,7 +1,6 @@
 """A model folder, component by component: which classes it may name, and how their weights are loaded."""
 
 import importlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from .devices import BUILDING
 from .errors import InvalidModel
+from .model_files import check_entry, is_null, read_json
 
 COMPONENT_CLASSES = {
     "vae": {
@@ -63,22 +63,6 @@ def load_folder(folder: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
     return loaded | {name: index[name] for name in DEFAULTS if name in index}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.  Raises InvalidModel where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last where it is nested too deeply
-        raise InvalidModel(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidModel(f"{path} does not hold a JSON object")
-    return value
-
-
-def is_null(entry: Any) -> bool:
-    """Whether a line of model_index.json, as in [module, class] or [null, null], says that there is no component."""
-    return entry is None or entry == [None, None]
-
-
 def component_class(folder: Path, name: str, class_name: str) -> Any:
     """The class that loads a component.
 
@@ -102,8 +86,7 @@ def load_component(folder: Path, name: str, entry: Any, torch_dtype: torch.dtype
     """
     if is_null(entry):
         return None
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-        raise InvalidModel(f"{folder / 'model_index.json'}: {name} must be [module, class], not {entry!r}")
+    check_entry(folder, name, entry)
     path = folder / name
     if not path.is_dir():
         raise InvalidModel(f"{folder} has no folder {name}, which its model_index.json names")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from .codes import EXIF_PREFIX, Metadata, is_of_other_pixels
@@ -64,7 +64,7 @@ def read_photo(opened: Image.Image, keep_metadata: bool) -> Photo:
 
     keep_metadata: take the EXIF and XMP blocks along.
     """
-    from .pixels import as_seen  # which takes torch: planning a conversion does not
+    from .pixels import as_seen  # with numpy, which planning a conversion spares
 
     image = as_seen(opened)
     image.load()
@@ -80,29 +80,13 @@ def within(size: tuple[int, int], longer_px: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF block, or XMP, says, which then says so no more; as it is where neither is read.
-
-    A block that can be read, and not written anew without its orientation, is dropped.
-    """
-    picture.load()
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow raises whatever a damaged block leads it to
-        plain = picture.copy()
-        plain.info.pop("exif", None)
-    try:
-        plain.getexif()[ExifTags.Base.Orientation] = picture.getexif()[ExifTags.Base.Orientation]
-        return ImageOps.exif_transpose(plain)
-    except Exception:
-        return picture
-
-
 def turned(picture: Image.Image, metadata: Metadata) -> tuple[Image.Image, Metadata]:
     """A decoded picture turned as the metadata of its file say, and these, which then say so no more."""
     blocks = {"exif": metadata.exif and EXIF_PREFIX + metadata.exif, "xmp": metadata.xmp}
     if not any(blocks.values()):
         return picture, metadata
+    from .pixels import upright
+
     told = picture.copy()
     told.info = {name: block for name, block in blocks.items() if block}
     shown = upright(told)

@@ -20,10 +20,8 @@ from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
 from .options import check_guidance_scale
 from .prompts import PromptEmbeddings
+from .rates import LATENT_PX
 from .sampling import check_finite, check_steps, denoise, draw_noise
-
-VAE_FACTOR = 8
-"""Pixels a side of one latent."""
 
 
 class PercoPipeline(DiffusionPipeline):
@@ -140,7 +138,7 @@ class PercoPipeline(DiffusionPipeline):
     @property
     def padding_multiple_px(self) -> int:
         """What the sides of a picture are padded to a multiple of, in pixels."""
-        return VAE_FACTOR * int(self.hyper_enc.downsampling_factor)
+        return LATENT_PX * int(self.hyper_enc.downsampling_factor)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latents of a picture of height x width pixels.
@@ -150,7 +148,7 @@ class PercoPipeline(DiffusionPipeline):
         if height < 1 or width < 1:
             raise ValueError(f"a picture has at least 1x1 pixels, not {width}x{height}")
         multiple = self.padding_multiple_px
-        rows, columns = (math.ceil(side / multiple) * multiple // VAE_FACTOR for side in (height, width))
+        rows, columns = (math.ceil(side / multiple) * multiple // LATENT_PX for side in (height, width))
         return rows, columns
 
     @torch.no_grad()
@@ -175,7 +173,7 @@ class PercoPipeline(DiffusionPipeline):
         """Pictures (b, 3, h, w), the last row and column repeated, as the autoencoder takes them."""
         height, width = image.shape[-2:]
         rows, columns = self.latent_size(height, width)
-        padding = (0, columns * VAE_FACTOR - width, 0, rows * VAE_FACTOR - height)
+        padding = (0, columns * LATENT_PX - width, 0, rows * LATENT_PX - height)
         return F.pad(image, padding, mode="replicate")
 
     @torch.no_grad()
@@ -292,7 +290,7 @@ class PercoPipeline(DiffusionPipeline):
         if len(prompts) != batch_size:
             raise ValueError(f"{len(prompts)} prompts for {batch_size} pictures")
         if latents is not None:
-            covered = [side * VAE_FACTOR for side in latents.shape[-2:]]
+            covered = [side * LATENT_PX for side in latents.shape[-2:]]
         else:
             covered = [side * self.padding_multiple_px for side in local_features.shape[-2:]]
         height = covered[0] if height is None else height

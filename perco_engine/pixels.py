@@ -1,14 +1,11 @@
-"""Pictures of every Pillow mode to what the networks take, and back: RGB tensors and opacity masks."""
+"""Pictures of every Pillow mode, as files have them, to RGB, upright, and to opacity masks; no torch."""
 
 import io
 
 import numpy as np
-import torch
-from PIL import Image, ImageCms
-from torch import Tensor
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from .codes import AlphaMask
-from .picture_files import upright
 
 MOST_OF_8_BITS = 511
 """What the brightest pixel of mode I has at most where 255 is white, and sums or products have gone beyond it."""
@@ -96,15 +93,22 @@ def alpha_mask(image: Image.Image, log2_scale: int | None = None) -> AlphaMask |
     return AlphaMask(((reduced * top + 127) // 255).astype(np.uint8), ALPHA_BITS, log2_scale)
 
 
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    """RGB pictures of one size as (b, 3, h, w) float32 in -1..1."""
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images])
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF block, or XMP, says, which then says so no more; as it is where neither is read.
 
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(b, 3, h, w) in 0..1 as RGB pictures."""
-    levels = (pixels * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    A block that can be read, and not written anew without its orientation, is dropped.
+    """
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow raises whatever a damaged block leads it to
+        plain = picture.copy()
+        plain.info.pop("exif", None)
+    try:
+        plain.getexif()[ExifTags.Base.Orientation] = picture.getexif()[ExifTags.Base.Orientation]
+        return ImageOps.exif_transpose(plain)
+    except Exception:
+        return picture
 
 
 def as_seen(photo: Image.Image) -> Image.Image:

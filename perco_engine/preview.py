@@ -8,9 +8,7 @@ reads the grids that its size needs, and runs their networks as coarsely as MOST
 """
 
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,11 @@ from . import bitstream, weights
 from .bitstream.prior import Prior
 from .codes import MAX_PIXELS, Codes
 from .errors import InvalidModel, LimitExceeded, NotFinite, PreviewUnavailable
+from .model_files import read_json
 from .opacity import opacity
 from .picture_files import turned, within
-from .preview_networks import PATCH, PreviewNetworks
-from .rates import Grid, of_hyper_encoder
+from .preview_networks import PreviewNetworks
+from .rates import LATENT_PX, Grid, of_hyper_encoder
 
 MOST_EXACT_PIXELS = 4 << 20
 """The largest picture whose preview is decoded exactly here: for a larger one, the import of torch pays off."""
@@ -53,8 +52,11 @@ class Previewer:
     """
 
     def __init__(self, model: weights.Model) -> None:
-        config = _read_config(model.folder)
-        points = of_hyper_encoder(config)
+        config = read_json(model.folder / "hyper_enc" / "config.json")
+        try:
+            points = of_hyper_encoder(config)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise InvalidModel(f"{model.folder}: its hyper-encoder's configuration tells no rate: {error!r}") from error
         self.networks: PreviewNetworks | None = None
         self.colours: NDArray[np.float32] = np.empty((0, 3), np.float32)
         if "grids" in config:
@@ -92,11 +94,11 @@ class Previewer:
             pixels = fit(self.colours[codes.indices[0]], grid.pixels_per_index)
         else:
             codes = self.codes(data, grids=self._needed(width_px, height_px, scale))
-            rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
+            rows, columns = -(-height_px // LATENT_PX), -(-width_px // LATENT_PX)
             halvings = self._halvings(len(codes.indices), rows * columns)
             if halvings:
                 latents = self.networks.coarse_latents(codes.indices, rows, columns, halvings)
-                pixels = fit(self.networks.coarse_colours(latents), PATCH << halvings)
+                pixels = fit(self.networks.coarse_colours(latents), LATENT_PX << halvings)
             else:
                 reduction = next((r for r in REDUCTIONS if r <= scale), 1)
                 pixels = fit(self.networks.decode(codes.indices, height_px, width_px, reduction), reduction)
@@ -181,15 +183,6 @@ def decode(data: bytes, reduction: int, *, allow_truncated: bool = False) -> Ima
     if codes.alpha is not None:
         picture.putalpha(opacity(codes.alpha, width, height, picture.size))
     return picture
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a model's hyper-encoder."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "hyper_enc" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"{folder} is no model folder that can be read: {error}") from error
-    return config
 
 
 def _read_colours(folder: Path, codebook_size: int) -> NDArray[np.float32]:

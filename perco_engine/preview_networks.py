@@ -6,7 +6,6 @@ What models/ladder.py and models/autoencoder.py compute in torch, on the same we
 `PercoPipeline.decode_preview` up to rounding.  All arrays are (rows, columns, channels) float32.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from .convolution import Array, as_matrix, convolve, interpolate, pad, pool, repeat, shuffle, silu
 from .errors import InvalidModel
-
-PATCH = 8
-"""Pixels a side of one latent."""
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+from .model_files import WEIGHT_FILES, read_json
+from .rates import LATENT_PX
 
 PLACE = 64
 """Latents a side of the places where a coarse decoding is fitted to the right one."""
@@ -131,21 +127,21 @@ class PreviewNetworks:
 
     def __init__(self, folder: Path) -> None:
         try:
-            config = json.loads((folder / "hyper_enc" / "config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "hyper_enc" / "config.json")
             self.grids: list[tuple[int, int]] = [(int(pixels), int(size)) for pixels, size in config["grids"]]
-            hyper_enc: Any = safe_open(folder / "hyper_enc" / WEIGHTS, "numpy")
-            vae: Any = safe_open(folder / "vae" / WEIGHTS, "numpy")
+            hyper_enc: Any = safe_open(folder / "hyper_enc" / WEIGHT_FILES["hyper_enc"], "numpy")
+            vae: Any = safe_open(folder / "vae" / WEIGHT_FILES["vae"], "numpy")
             self._weight = vae.get_tensor("synthesis.weight").astype(np.float32)
             self._bias = vae.get_tensor("synthesis.bias").astype(np.float32)
             self._take: Take = hyper_enc.get_tensor
             self._levels: dict[int, Level] = {}
             self._level(0)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise InvalidModel(f"{folder} is no model that a preview can be made with: {error}") from error
 
     def _level(self, k: int) -> Level:
         if k not in self._levels:
-            halvings = (self.grids[k][0] // PATCH).bit_length() - 1
+            halvings = (self.grids[k][0] // LATENT_PX).bit_length() - 1
             self._levels[k] = Level(lambda name: self._take(f"levels.{k}.{name}"), halvings)
         return self._levels[k]
 
@@ -204,7 +200,7 @@ class PreviewNetworks:
 
     def synthesis(self, latents: Array, reduction: int) -> Array:
         """Latents to pixels (rows * 8/reduction, columns * 8/reduction, 3), about -1..1, by the linear map alone."""
-        side = PATCH // reduction
+        side = LATENT_PX // reduction
         weight = self._weight.reshape(3, side, reduction, side, reduction, *self._weight.shape[1:]).mean((2, 4))
         bias = self._bias.reshape(3, side, reduction, side, reduction).mean((2, 4)).reshape(-1)
         matrix = as_matrix(weight.reshape(-1, *self._weight.shape[1:]))
@@ -215,7 +211,7 @@ class PreviewNetworks:
 
         reduction: 1, 2, 4 or 8.  Returns (ceil(height/reduction), ceil(width/reduction), 3), about 0..1.
         """
-        rows, columns = -(-height_px // PATCH), -(-width_px // PATCH)
+        rows, columns = -(-height_px // LATENT_PX), -(-width_px // LATENT_PX)
         picture = self.synthesis(self.latents(indices, rows, columns), reduction)
         picture *= np.float32(0.5)
         picture += np.float32(0.5)
@@ -230,8 +226,8 @@ def export(folder: Path, target: Path) -> None:
     PreviewNetworks(folder)
     for part, needed in (("hyper_enc", _is_decoders), ("vae", lambda name: name.startswith("synthesis."))):
         (target / part).mkdir(parents=True)
-        weights = load_file(folder / part / WEIGHTS)
-        save_file({name: value for name, value in weights.items() if needed(name)}, target / part / WEIGHTS)
+        weights = load_file(folder / part / WEIGHT_FILES[part])
+        save_file({name: value for name, value in weights.items() if needed(name)}, target / part / WEIGHT_FILES[part])
         shutil.copyfile(folder / part / "config.json", target / part / "config.json")
     shutil.copyfile(folder / "model_index.json", target / "model_index.json")
     if (folder / "prior").is_dir():

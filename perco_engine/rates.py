@@ -14,6 +14,9 @@ from typing import Any
 REFERENCE_SIDE_PX = 512
 """The side of a picture whose grid of codes PerCo (SD)'s configurations tell the side of (cfg_ss)."""
 
+LATENT_PX = 8
+"""The side of the square of pixels that one latent of every autoencoder stands for."""
+
 DEFAULT_BPP = 0.03
 """The rate that a save without `bpp` and `max_bytes` asks for, in bits a pixel."""
 

@@ -25,12 +25,13 @@ from .bitstream.prior import Prior
 from .choice import choose
 from .devices import half_precision
 from .lite0 import lite0
-from .models.autoencoder import PATCH, scaled, tiles_with_margins
+from .models.autoencoder import scaled, tiles_with_margins
 from .models.ladder import HyperLadder
 from .models.perceptual import FeatureDistance
 from .pipeline import PercoPipeline
-from .pixels import to_tensor
+from .rates import LATENT_PX
 from .sampling import denoise, draw_noise
+from .tensors import to_tensor
 
 MOST_STEPS = 100
 """How many steps a search may have."""
@@ -98,7 +99,7 @@ def search(
     shifts = _unmoved(ladder, latents, level)
     for outer, inner in _tiles(rows, columns, 2 ** rungs[0].halvings):
         (top, left), (inner_top, inner_left) = outer, inner
-        cut = photo[..., scaled(top, PATCH), scaled(left, PATCH)], latents[..., top, left]
+        cut = photo[..., scaled(top, LATENT_PX), scaled(left, LATENT_PX)], latents[..., top, left]
         found = _search_tile(pipeline, prior, distance, *cut, level, text, steps)
         for rung, whole, tile in zip(rungs, shifts, found, strict=True):
             halvings = rung.halvings
@@ -177,7 +178,7 @@ def _search_tile(
 def _unmoved(ladder: HyperLadder, latents: Tensor, level: int) -> list[Tensor]:
     """Shifts of nothing for the codes of a picture, (1, c, rows, columns) float32 for each grid."""
     rows, columns = latents.shape[-2:]
-    shapes = ladder.rate_points[level].shapes(columns * PATCH, rows * PATCH)
+    shapes = ladder.rate_points[level].shapes(columns * LATENT_PX, rows * LATENT_PX)
     return [torch.zeros(1, latents.shape[1], *shape, device=latents.device, dtype=torch.float32) for shape in shapes]
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .devices import usable_device
 from .lite0 import lite0
-from .pixels import to_rgb, to_tensor
+from .pixels import to_rgb
+from .tensors import to_tensor
 
 SIDE_PX = 224
 """The side of the pictures that the network was trained on; others are squeezed into it."""

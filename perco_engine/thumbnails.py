@@ -1,7 +1,7 @@
 """The thumbnail cache that file managers share (freedesktop.org, Thumbnail Managing Standard, 0.9).
 
-A file manager that finds a current thumbnail there shows it, and runs no thumbnailer.  No torch
-here; only `fill` decodes.
+A file manager that finds a current thumbnail there shows it, and runs no thumbnailer.  Only `fill` and `fill_files`
+decode, and need torch.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from . import files
 from .codes import MIME_TYPE
-from .errors import PercoError
+from .errors import PercoError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -221,7 +221,7 @@ def fill_files(paths: Iterable[Path], *, again: bool = False) -> Iterator[Filled
             made = write_thumbnails(path, _decoded(data), state)
             yield Filled(path, made, "" if made else "the thumbnail cache cannot be written")
         except (PercoError, OSError, RuntimeError, MemoryError) as error:
-            yield Filled(path, error=str(error))
+            yield Filled(path, error=first_line(error))
 
 
 def _decoded(data: bytes) -> "Image.Image":

@@ -7,7 +7,6 @@ by the fingerprint alone.
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from . import rates
 from .bitstream.header import FAMILY_FINGERPRINT_BYTES, FINGERPRINT_BYTES, FIRST_FAMILY, read_header
 from .codes import Codes, ModelReference
-from .errors import ModelUnavailable, UnsupportedRatePoint
+from .errors import InvalidModel, ModelUnavailable, UnsupportedRatePoint
+from .model_files import WEIGHT_FILES, is_null, read_json
 from .rates import RatePoint
 from .store.checkpoint import RECORD, Checkpoint, installed
 from .store.checkpoint import read as read_record
@@ -68,15 +68,6 @@ REGISTRY = (
 """The models that files may name.  No id is given twice: 1 to 9 were of embedded weights before the first release."""
 
 
-WEIGHT_FILES = {
-    "vae": "diffusion_pytorch_model.safetensors",
-    "hyper_enc": "diffusion_pytorch_model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-"""What the weights of a component are called, where they are not in shards."""
-
-
 @dataclass(frozen=True)
 class Model:
     """A model on this machine: its folder, and how a file names it.
@@ -115,22 +106,19 @@ class Model:
 
         points: those of `file_rate_points`.  The rest is as `bitstream.unpack` has it; allow_truncated: as
             `bitstream.unpack_partial`, and then with all grids.
-        Raises BitstreamError, and UnsupportedRatePoint where the file is of another rate than the weights it names.
+        Raises BitstreamError, and UnsupportedRatePoint where the file is of a rate that its model does not offer, or
+        of another one than the weights that it names.
         """
         from .bitstream.container import OWN_CODER, unpack, unpack_partial  # with numpy, which opening a file spares
 
         coder = coder or OWN_CODER
-        rate_point = read_header(data, allow_truncated=allow_truncated).rate_point
-        if rate_point >= len(points):
-            raise UnsupportedRatePoint(
-                f"the file names rate point {rate_point}, and {self.name!r} has {len(points)}: "
-                f"update pillow-perco, or the file is damaged"
-            )
-        if self.rate_point is not None and self.rate_point != rate_point:
-            raise UnsupportedRatePoint(
-                f"the file is of {points[rate_point].bpp} bpp, and the weights that it names, {self.name!r}, are of "
-                f"{points[self.rate_point].bpp}: the file is damaged"
-            )
+        if self.rate_point is not None:  # told before its indices are read, which would be too many or too few
+            rate_point = read_header(data, allow_truncated=allow_truncated).rate_point
+            if self.rate_point != rate_point < len(points):
+                raise UnsupportedRatePoint(
+                    f"the file is of {points[rate_point].bpp} bpp, and the weights that it names, {self.name!r}, are "
+                    f"of {points[self.rate_point].bpp}: the file is damaged"
+                )
         if allow_truncated:
             return unpack_partial(data, points, prior=prior, coder=coder)
         return unpack(data, points, prior=prior, coder=coder, grids=grids)
@@ -194,7 +182,7 @@ def _weight_files(folder: Path) -> Iterator[str]:
 
     components = _read_object(folder / "model_index.json")
     for name, file in WEIGHT_FILES.items():
-        if components.get(name) in (None, [None, None]):
+        if is_null(components.get(name)):
             continue
         shards = _read_object(folder / name / f"{file}.index.json").get("weight_map")
         # Of both, diffusers takes the shards, and transformers the one file.
@@ -208,10 +196,9 @@ def _weight_files(folder: Path) -> Iterator[str]:
 def _read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except InvalidModel:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def as_model(checkpoint: Checkpoint) -> Model:

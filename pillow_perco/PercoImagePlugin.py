@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageFile
 from perco_engine.bitstream import Header, read_header
 from perco_engine.bitstream.header import MAGIC
 from perco_engine.codes import EXIF_PREFIX, MIME_TYPE, Metadata, is_of_other_pixels
-from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable
+from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable, full_text
 from perco_engine.files import read_perco
 from perco_engine.options import check_guidance_scale, check_seed, whole_number
 
@@ -111,7 +111,7 @@ class PercoImageFile(ImageFile.ImageFile):
                 raise OSError(str(error)) from error
             except (RuntimeError, MemoryError) as error:
                 raise OSError(
-                    f"the networks failed: {error}; decode at a smaller size, or on another device"
+                    f"the networks failed: {full_text(error)}; decode at a smaller size, or on another device"
                 ) from error
             if picture.size != size:
                 picture = picture.resize(size)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import pillow_perco
 from perco_engine import bitstream, conversion, picture_files
-from perco_engine.errors import PercoError
+from perco_engine.errors import PercoError, full_text
 from perco_engine.files import read_perco_file, write_beside
 from perco_engine.printable import printable
 
@@ -40,7 +40,7 @@ class Group(click.Group):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except (PercoError, *picture_files.UNREADABLE) as error:
-            raise click.ClickException(str(error) or type(error).__name__) from error
+            raise click.ClickException(full_text(error)) from error
 
 
 def _escape_letters() -> None:
@@ -62,7 +62,7 @@ def read_photo(path: Path, keep_metadata: bool = False) -> picture_files.Photo:
         with Image.open(path) as photo:
             return picture_files.read_photo(photo, keep_metadata)
     except picture_files.UNREADABLE as error:
-        text = str(error) or type(error).__name__
+        text = full_text(error)
         raise click.ClickException(text if printable(path) in text else f"{printable(path)}: {text}") from error
 
 

@@ -18,7 +18,7 @@ import click
 
 from perco_engine import conversion
 from perco_engine.conversion import Request, Task
-from perco_engine.errors import ConversionError, PercoError
+from perco_engine.errors import ConversionError, PercoError, full_text
 from perco_engine.printable import printable, some
 from perco_engine.terminal import is_terminal
 
@@ -252,7 +252,7 @@ def _stoppable(report: _Report) -> Iterator[None]:
     except Exception as error:
         with suppress(BrokenPipeError):
             if isinstance(error, OSError | ValueError | PercoError):
-                click.ClickException(str(error) or type(error).__name__).show()
+                click.ClickException(full_text(error)).show()
             else:
                 sys.excepthook(type(error), error, error.__traceback__)
         os._exit(EXIT_FAILED)

@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from perco_engine.printable import printable
+
+if TYPE_CHECKING:
+    from .desktop.points import Place
 
 FILES = click.Path(dir_okay=False, path_type=Path)  # one that is gone is told with others that fail
 
@@ -36,7 +39,7 @@ def which_place(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def place_for(system: bool, prefix: Path, destdir: Path | None) -> Any:
+def place_for(system: bool, prefix: Path, destdir: Path | None) -> "Place":
     """The place that the options name."""
     from .desktop import points
 

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_options import FOLDER
+
+if TYPE_CHECKING:
+    from perco_engine.store.checkpoint import Checkpoint
 
 
 @click.group()
@@ -81,7 +84,7 @@ def pull(repository: str, **options: Any) -> None:
     tell(install.pull(repository, **options))
 
 
-def tell(checkpoint: Any) -> None:
+def tell(checkpoint: "Checkpoint") -> None:
     """What was installed, and how to use it."""
     use = f"--model {checkpoint.name}"
     if checkpoint.family and _is_chosen(checkpoint):
@@ -94,14 +97,14 @@ def tell(checkpoint: Any) -> None:
     click.echo(f"use it with: perco encode PHOTO FILE.perco {use}")
 
 
-def _is_chosen(checkpoint: Any) -> bool:
+def _is_chosen(checkpoint: "Checkpoint") -> bool:
     """Whether a family's checkpoint is the one that its rate stands for: several of one rate may be installed."""
     from perco_engine import weights
 
-    family = weights.named(checkpoint.family)
+    family = weights.named(checkpoint.family or "")
     assert family is not None
     point = next(point for point in family.rate_points if point.bpp == checkpoint.bpp)
-    return bool(weights.checkpoint(family, point).name == checkpoint.name)
+    return weights.checkpoint(family, point).name == checkpoint.name
 
 
 @models.command()

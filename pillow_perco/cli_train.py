@@ -53,7 +53,7 @@ def start(config: Path, processes: int | None) -> None:
         wanted = processes or running.devices()
         if wanted > 1:
             check(config)  # wrong settings are told once, and not by each process
-            running.launch(config, wanted)
+            running.launch(["-m", "pillow_perco.cli", "train", str(config)], wanted)
             return
     folder = train(config, tell)
     if running.is_first():

@@ -103,6 +103,16 @@ def test_importing_and_opening_leave_torch_alone(photo: Image.Image, tmp_path: P
     assert run.stdout.strip() == "[]"
 
 
+def test_reading_a_photo_leaves_torch_alone() -> None:
+    code = (
+        "import sys\nfrom PIL import Image\nfrom perco_engine.picture_files import read_photo\n"
+        "with Image.open(sys.argv[1]) as opened:\n    assert read_photo(opened, True).image.mode == 'RGB'\n"
+        "print('torch' in sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, PLUGIN / "demo.jpg"], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
 def test_every_package_is_shipped() -> None:
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {path.parent for path in files(ENGINE, PLUGIN) if path.name == "__init__.py"}

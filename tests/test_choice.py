@@ -14,8 +14,8 @@ from perco_engine.bitstream.entropy import CDF
 from perco_engine.bitstream.prior import Prior
 from perco_engine.choice import choose
 from perco_engine.models.ladder import HyperLadder
-from perco_engine.pixels import to_tensor
 from perco_engine.rates import Grid
+from perco_engine.tensors import to_tensor
 from perco_engine.training.prior import PriorNetwork
 
 BATCH, ROWS, COLUMNS = 2, 9, 13

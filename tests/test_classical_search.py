@@ -12,7 +12,7 @@ from PIL import Image
 
 from perco_engine.errors import EvaluationError
 from perco_engine.evaluation import classical, classical_search, metrics, peers
-from perco_engine.evaluation.classical_search import Search, Task
+from perco_engine.evaluation.classical_search import Search, Task, digest
 from perco_engine.evaluation.photo_folder import Photo, find_photos
 from pillow_perco.cli import main
 
@@ -44,7 +44,7 @@ def every_file(photo: Image.Image, name: str) -> list[tuple[float, int, float, i
 def test_the_best_file(name: str, budgets: list[int], photo: Image.Image, tmp_path: Path) -> None:
     codec, versions = classical.CODECS[name], classical.available([name])[0]
     judges = metrics.load(["psnr"], torch.device("cpu"))[0]
-    tried = Search(tmp_path / "kept", photo, versions).run(codec, budgets, judges)
+    tried = Search(tmp_path / "kept", digest(photo), versions).run(photo, codec, budgets, judges)
     files = every_file(photo, name)
     scored = [one for one in tried if one.scores]
     assert len(scored) < 40 and len(tried) < 250 < len(files) / 4
@@ -72,25 +72,25 @@ def test_what_was_tried_is_kept(photo: Image.Image, tmp_path: Path, monkeypatch:
         return score
 
     judges = {"psnr": counting}
-    tried = Search(tmp_path, photo, versions).run(codec, [150, 300, 600, 1200], judges)
+    tried = Search(tmp_path, digest(photo), versions).run(photo, codec, [150, 300, 600, 1200], judges)
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
     cold = len(asked)
     with monkeypatch.context() as patch:
         patch.setattr(classical.Codec, "encode", None)
-        assert Search(tmp_path, photo, versions).run(codec, [150, 1200], judges) == tried
+        assert Search(tmp_path, digest(photo), versions).run(photo, codec, [150, 1200], judges) == tried
     assert len(asked) == cold and path.read_bytes() == before
     # other budgets cost little, and find what is found from nothing
-    other = Search(tmp_path, photo, versions).run(codec, [180, 400, 900], judges)
+    other = Search(tmp_path, digest(photo), versions).run(photo, codec, [180, 400, 900], judges)
     assert len(asked) - cold <= cold / 2
-    fresh = Search(tmp_path / "fresh", photo, versions).run(codec, [180, 400, 900], judges)
+    fresh = Search(tmp_path / "fresh", digest(photo), versions).run(photo, codec, [180, 400, 900], judges)
     for budget in (180, 400, 900):
         one, same = (classical.best(files, budget, "psnr") for files in (other, fresh))
         assert one is not None and same is not None and one.scores["psnr"] >= same.scores["psnr"] - 0.05
     # another version of the codec writes other files
-    assert Search(tmp_path, photo, {"webp": "99"}).candidates("webp") == []
+    assert Search(tmp_path, digest(photo), {"webp": "99"}).candidates("webp") == []
     # a metric that came later is measured of few of them
-    last = Search(tmp_path, photo, versions).run(codec, [600], {"psnr": counting, "lite0": counting})
+    last = Search(tmp_path, digest(photo), versions).run(photo, codec, [600], {"psnr": counting, "lite0": counting})
     assert 3 <= sum("lite0" in one.scores for one in last) <= 12
     assert {(one.scale, one.quality) for one in other} <= {(one.scale, one.quality) for one in last}
 
@@ -105,11 +105,17 @@ def test_what_is_kept_is_of_the_pixels_and_not_of_their_file(
     photo.save(folder / "a.png", compress_level=0)
     peers.tabulate(folder, kept, [0.2], ["webp"], ["psnr"])
     assert len(list(kept.iterdir())) == 1
-    monkeypatch.setattr(Photo, "read", lambda self: read(self).transpose(Image.Transpose.ROTATE_180))
+    reads: list[str] = []
+
+    def turned(self: Photo) -> Image.Image:
+        reads.append(self.name)
+        return read(self).transpose(Image.Transpose.ROTATE_180)
+
+    monkeypatch.setattr(Photo, "read", turned)
     peers.tabulate(folder, kept, [0.2], ["webp"], ["psnr"])
-    assert len(list(kept.iterdir())) == 2
+    assert len(list(kept.iterdir())) == 2 and reads == ["a.png"] * 2  # to know its pixels, and to search
     upended = Image.frombytes("RGB", (photo.height, photo.width), photo.tobytes())
-    assert classical_search.digest(upended) != classical_search.digest(photo)
+    assert digest(upended) != digest(photo)
 
 
 def test_a_process_that_was_ended_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +131,7 @@ def test_a_process_that_was_ended_is_told(folder: Path, tmp_path: Path, monkeypa
 def test_a_metric_that_is_not_defined_is_not_measured(photo: Image.Image, tmp_path: Path) -> None:
     judge: metrics.Judge = lambda original: lambda decoded: 1.0  # noqa: E731
     versions = classical.available(["webp"])[0]
-    tried = Search(tmp_path, photo, versions).run(classical.CODECS["webp"], [300], {"ms_ssim": judge})
+    tried = Search(tmp_path, digest(photo), versions).run(photo, classical.CODECS["webp"], [300], {"ms_ssim": judge})
     assert all(not one.scores for one in tried) and classical.best(tried, 300, "ms_ssim") is None
 
 
@@ -135,7 +141,9 @@ def test_jobs_find_the_same(folder: Path, photo: Image.Image, tmp_path: Path) ->
 
     def files(kept: Path, jobs: int) -> dict[str, bytes]:
         tasks = [
-            Task(one, kept, versions, [200, 500], ("psnr",), torch.device("cpu")) for one in find_photos(folder, kept)
+            Task(one, digest(image), image.size, kept, versions, [200, 500], ("psnr",), torch.device("cpu"))
+            for one in find_photos(folder, kept)
+            for image in [one.read()]
         ]
         told: list[str] = []
         classical_search.search(tasks, jobs, told.append)
@@ -168,7 +176,7 @@ def test_formats_are_tried_at_sizes_that_they_take(tmp_path: Path) -> None:
     assert least == {"webp": [1.5, 4, 6, 1], "jpeg": [1, 1.5, 1.5, 1], "avif": [1, 1, 1.5, 1]}
     photo, versions = Image.new("RGB", (16390, 8)), classical.available(["webp"])[0]
     judges = metrics.load(["psnr"], torch.device("cpu"))[0]
-    tried = Search(tmp_path / "kept", photo, versions).run(classical.CODECS["webp"], [3000], judges)
+    tried = Search(tmp_path / "kept", digest(photo), versions).run(photo, classical.CODECS["webp"], [3000], judges)
     assert tried and min(one.scale for one in tried) == 1.5
 
 
@@ -182,6 +190,7 @@ def test_photos_of_the_same_pixels_are_searched_one_after_the_other(
     )
     told: list[str] = []
     versions = classical.available(["webp"])[0]
-    tasks = [Task(photo, tmp_path / "kept", versions, [400], ("psnr",), torch.device("cpu")) for photo in photos]
+    rest = digest(photo), photo.size, tmp_path / "kept", versions, [400], ("psnr",), torch.device("cpu")
+    tasks = [Task(one, *rest) for one in photos]
     classical_search.search(tasks, 2, told.append)
     assert given == [["a.png", "b.png"]] and told == ["told", "told"]

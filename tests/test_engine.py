@@ -246,7 +246,9 @@ def test_a_model_that_takes_long_to_load_keeps_nobody_waiting(tiny_model: Path) 
 
 def test_bf16_shows_the_same_picture(photo: Image.Image) -> None:
     data = get_engine().encode(photo, bpp=0.17)
-    full, half = get_engine().decode(data), get_engine(dtype=torch.bfloat16).decode(data)
+    engine = get_engine(dtype=torch.bfloat16)
+    assert engine.dtype == engine.pipeline.unet.dtype == torch.bfloat16
+    full, half = get_engine().decode(data), engine.decode(data)
     assert np.abs(np.asarray(full).astype(int) - np.asarray(half).astype(int)).mean() < 4
 
 

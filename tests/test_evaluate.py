@@ -15,7 +15,7 @@ from PIL import Image
 
 from perco_engine.bitstream import read_header
 from perco_engine.errors import EvaluationError
-from perco_engine.evaluation import classical, coco, distributions, metrics, peers, published, report
+from perco_engine.evaluation import classical, coco, distributions, metrics, peers, photo_folder, published, report
 from perco_engine.evaluation.evaluate import Run, Settings, evaluate
 from perco_engine.evaluation.photo_folder import find_photos
 from perco_engine.evaluation.results import Line, Lines
@@ -368,6 +368,14 @@ def test_photos_whose_captions_cannot_be_read_are_left_out(settings: Settings) -
     run = evaluate(settings)
     assert [photo.name for photo in run.photos] == ["more/b.png"]
     assert "a.txt is not in UTF-8" in run.skipped["a.png"]
+
+
+def test_a_problem_without_a_text_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> str:
+        raise OSError
+
+    monkeypatch.setattr(photo_folder, "sidecar_caption", fail)
+    assert find_photos(folder, folder / "out", 1)[0].problem == "OSError"
 
 
 def test_photos_of_any_name(settings: Settings) -> None:

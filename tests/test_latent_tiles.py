@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from perco_engine import get_engine, pixels
+from perco_engine import get_engine, tensors
 from perco_engine.latent_tiles import LatentTiles
 from perco_engine.models.unet import UNet2DConditionModel
 
@@ -133,7 +133,7 @@ def test_a_u_net_s_tiles(unet: UNet2DConditionModel) -> None:
 def test_the_embedded_model_s_tiles_leave_no_seam(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its picture in tiles is its picture, and where tiles end the difference jumps no more than it does elsewhere."""
     pipeline = get_engine(device="cpu").pipeline
-    picture = pixels.to_tensor([photo.resize((768, 512))])
+    picture = tensors.to_tensor([photo.resize((768, 512))])
     indices = pipeline.encode_image(picture, 1)
     decoded = []
     for side in (pipeline.tile_latents, 48):

@@ -12,7 +12,7 @@ from perco_engine import get_engine
 from perco_engine.devices import weights_bytes
 from perco_engine.engine import Engine
 from perco_engine.errors import NotEnoughMemory, OffloadUnavailable
-from perco_engine.memory import GIB, Placement, is_out_of_memory, needs_offload, working_bytes
+from perco_engine.memory import GIB, Placement, is_offloaded, is_out_of_memory, needs_offload, working_bytes
 from perco_engine.pipeline import PercoPipeline
 
 PUBLISHED = Path(__file__).parent / "parity" / "pipeline_tiny" / "pipeline"
@@ -119,6 +119,7 @@ def test_offloaded_networks_give_the_same_pictures(tiny_model: Path, photo: Imag
     for model in (tiny_model, PUBLISHED):
         plain, offloaded = get_engine(model, "cpu"), get_engine(model, "cpu", offload=True)
         assert offloaded is not plain
+        assert is_offloaded(offloaded.pipeline) and not is_offloaded(plain.pipeline)
         assert offloaded is get_engine(model, "cpu", offload=True)
         data = offloaded.encode(photo, caption="a river")
         assert data == plain.encode(photo, caption="a river")

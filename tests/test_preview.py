@@ -13,8 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import pillow_perco  # noqa: F401
-from perco_engine import get_engine, preview, weights
-from perco_engine.errors import BitstreamError, LimitExceeded, NotFinite, PreviewUnavailable, UnsupportedRatePoint
+from perco_engine import get_engine, preview, preview_networks, weights
+from perco_engine.errors import (
+    BitstreamError,
+    InvalidModel,
+    LimitExceeded,
+    NotFinite,
+    PreviewUnavailable,
+    UnsupportedRatePoint,
+)
 from perco_engine.model_folder import load_component
 from perco_engine.store import install, preview_colours
 
@@ -164,6 +171,25 @@ def test_a_file_of_another_rate_than_its_weights(photo: Image.Image, tmp_path: P
     with pytest.raises(UnsupportedRatePoint, match=r"of 0\.03 bpp, and the weights that it names, .* 0\.008"):
         preview.Previewer(model).codes(data)
     assert preview.Previewer(replace(model, rate_point=2)).codes(data).rate_point == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "{}", '{"cfg_ss": 64}', '{"cfg_ss": 0, "cfg_cs": 64}', '{"cfg_ss": 64, "cfg_cs": 0}', '{"a":' * 100_000,
+        '{"cfg_ss": Infinity, "cfg_cs": 64}', '{"grids": 3}', '{"grids": []}', '{"grids": [[8]]}', None,
+    ],
+)  # fmt: skip
+def test_a_hyper_encoder_without_a_rate_is_told(text: str | None, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))
+    config = folder / "hyper_enc" / "config.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(InvalidModel, match=str(folder)):
+        preview.Previewer(weights.Model("damaged", folder, 0))
+    with pytest.raises(InvalidModel, match=str(folder)):
+        preview_networks.PreviewNetworks(folder)
 
 
 def test_weights_that_give_no_numbers_are_no_black_picture(

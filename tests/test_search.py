@@ -20,7 +20,7 @@ from perco_engine.devices import half_precision
 from perco_engine.engine import Engine
 from perco_engine.lite0 import _Network
 from perco_engine.models.perceptual import FeatureDistance
-from perco_engine.pixels import to_tensor
+from perco_engine.tensors import to_tensor
 from pillow_perco.cli import main
 
 PARITY = Path(__file__).parent / "parity"
@@ -44,7 +44,9 @@ def stranger() -> FeatureDistance:
 def distances(stranger: FeatureDistance, engine: Engine, data: bytes, photo: Image.Image) -> tuple[float, float]:
     """By that network's features, and the squared error of pixels."""
     picture, target = to_tensor([engine.decode(data)]), to_tensor([photo])
-    return float(stranger(picture, target)), float((picture - target).square().mean())
+    with torch.no_grad():
+        of_features = stranger.between(stranger.features(picture), stranger.features(target))
+    return float(of_features), float((picture - target).square().mean())
 
 
 @pytest.mark.parametrize("bpp", [0.008, 0.03, 0.13])
@@ -247,7 +249,8 @@ def test_what_torch_computes_in_by_default_is_of_no_matter(photo: Image.Image) -
     expected = engine.encode(photo, bpp=0.008, effort=1)
     torch.set_default_dtype(torch.float64)
     try:
-        assert _Network(torch.device("cpu")).network(*to_tensor([photo, photo])[:, None].float()).item() == 0
+        network, picture = _Network(torch.device("cpu")).network, to_tensor([photo]).float()
+        assert network.between(network.features(picture), network.features(picture)).item() == 0
         assert engine.encode(photo, bpp=0.008, effort=1) == expected
     finally:
         torch.set_default_dtype(torch.float32)

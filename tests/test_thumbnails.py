@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import pillow_perco
-from perco_engine import thumbnails
+from perco_engine import files, thumbnails
 
 pytestmark = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="freedesktop's cache")
 
@@ -183,6 +183,17 @@ def test_a_folder_that_cannot_be_read_is_told(cache: Path, tmp_path: Path, monke
     told = thumbnails.Filled(closed, error="this folder cannot be read (Permission denied)")
     assert list(thumbnails.fill(tmp_path, recursive=True)) == [told]
     assert list(thumbnails.fill(closed)) == [told] and not list(thumbnails.fill(tmp_path))
+
+
+def test_a_failure_without_a_text_is_a_failure(
+    cache: Path, tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    pillow_perco.save(photo, tmp_path / "a.perco")
+    monkeypatch.setattr(files, "read_perco_file", fail)
+    assert [one.error for one in thumbnails.fill(tmp_path)] == ["MemoryError"]
 
 
 def test_the_module_leaves_torch_alone() -> None:

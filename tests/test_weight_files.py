@@ -12,7 +12,7 @@ import pytest
 
 from perco_engine import weights
 from perco_engine.errors import InvalidModel, ModelUnavailable
-from perco_engine.model_folder import read_json
+from perco_engine.model_files import read_json
 from perco_engine.store import checkpoint, component_files, download, install, resume
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -226,8 +226,8 @@ def _cdfs(point: RatePoint) -> list[entropy.CDF]:
 def _rate_point(header: Header, rate_points: Sequence[RatePoint]) -> RatePoint:
     if header.rate_point >= len(rate_points):
         raise UnsupportedRatePoint(
-            f"the file has rate point {header.rate_point}, its model offers 0 to {len(rate_points) - 1}; "
-            "install the version of the model that wrote it"
+            f"the file has rate point {header.rate_point}, its model offers 0 to {len(rate_points) - 1}: "
+            f"update pillow-perco, or the file is damaged"
         )
     return rate_points[header.rate_point]
 

@@ -14,11 +14,15 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from .. import rates
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..family import FamilyEngine
 
 SIZE = 768, 512
 
@@ -137,7 +141,7 @@ def measure(photo: Image.Image, times: int = 5) -> dict[str, Any]:
     }
 
 
-def machine(engine: Any, torch: Any) -> dict[str, Any]:
+def machine(engine: "Engine | FamilyEngine", torch: Any) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "processor": platform.processor() or platform.machine(),

@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import rates
 from ..captioner import caption_pictures, get_captioner
 from ..engine import Engine, get_engine
-from ..errors import EvaluationError, NotEnoughMemory, NotFinite
+from ..errors import EvaluationError, NotEnoughMemory, NotFinite, first_line
 from ..family import FamilyEngine
 from ..picture_files import UNREADABLE
 from ..printable import printable
@@ -92,7 +92,7 @@ def compare(settings: Settings, tell: Callable[[str], None] = lambda _: None) ->
         try:
             image, caption = photo.read(), photo.caption()
         except UNREADABLE as error:
-            why = f"cannot be read: {error}"
+            why = f"cannot be read: {first_line(error)}"
             tell(f"{printable(photo.name)}: left out, {why}")
             continue
         if caption is None:

@@ -37,28 +37,30 @@ MOST_RATIO = 2.0
 class Search:
     """The classical files of one photo that were tried, and what was found; kept in a file of JSON lines.
 
-    folder: of the files that are kept, one for the pixels of each photo.  photo: RGB.
+    folder: of the files that are kept, one for the pixels of each photo.  digest: of the pixels of this one.
     versions: of each codec, as `available` gives them; what another version wrote is not looked at.
     """
 
-    def __init__(self, folder: Path, photo: Image.Image, versions: Mapping[str, str]) -> None:
-        self._photo, self._versions = photo, versions
-        self._lines = Lines(folder / f"{digest(photo)}.jsonl", _key)
+    def __init__(self, folder: Path, digest: str, versions: Mapping[str, str]) -> None:
+        self._versions = versions
+        self._lines = Lines(folder / f"{digest}.jsonl", _key)
 
     def candidates(self, codec: str) -> list[Candidate]:
         """Every file of this codec that was tried."""
         return [_candidate(line) for line in self._lines if _key(line)[:2] == (codec, self._versions[codec])]
 
-    def run(self, codec: Codec, budgets_bytes: Iterable[int], judges: Mapping[str, Judge]) -> list[Candidate]:
+    def run(
+        self, photo: Image.Image, codec: Codec, budgets_bytes: Iterable[int], judges: Mapping[str, Judge]
+    ) -> list[Candidate]:
         """Tries scales and qualities until the best file of each budget is known in each metric; returns all files.
 
-        What an earlier run has done is not done again.
+        photo: RGB.  What an earlier run has done is not done again.
         """
-        trials = _Trials(self._photo, codec, self._versions[codec.name], self._lines, judges)
+        trials = _Trials(photo, codec, self._versions[codec.name], self._lines, judges)
         for budget in sorted(set(budgets_bytes)):
             scale = None
             for metric in judges:
-                if min(self._photo.size) >= METRICS[metric].least_side_px:
+                if min(photo.size) >= METRICS[metric].least_side_px:
                     scale = trials.settle(budget, metric, scale)
             trials.keep()
         return self.candidates(codec.name)
@@ -170,9 +172,14 @@ class _Trials:
 
 @dataclass(frozen=True)
 class Task:
-    """The search for one photo.  folder: where what was tried is kept.  versions: of the codecs to try."""
+    """The search for one photo.
+
+    digest, size: of its pixels.  folder: where what was tried is kept.  versions: of the codecs to try.
+    """
 
     photo: Photo
+    digest: str
+    size: tuple[int, int]
     folder: Path
     versions: Mapping[str, str]
     budgets_bytes: Sequence[int]
@@ -184,7 +191,7 @@ def search(tasks: Sequence[Task], jobs: int = 1, tell: Callable[[str], None] = l
     """Searches for every photo, in so many processes at a time.  Raises EvaluationError where one of them is ended."""
     alike: dict[str, list[Task]] = {}  # photos of the same pixels have one file of what was tried: one after the other
     for task in tasks:
-        alike.setdefault(digest(task.photo.read()), []).append(task)
+        alike.setdefault(task.digest, []).append(task)
     for told in _told(list(alike.values()), jobs):
         for line in told:
             tell(line)
@@ -211,8 +218,8 @@ def _search(tasks: Sequence[Task]) -> list[str]:
     for task in tasks:
         available(task.versions)  # a spawned process knows no formats of plugins yet
         image, judges = task.photo.read(), _judges(task.metrics, task.device)
-        searched = Search(task.folder, image, task.versions)
-        count = sum(len(searched.run(CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
+        searched = Search(task.folder, digest(image), task.versions)  # not task.digest: it may be another by now
+        count = sum(len(searched.run(image, CODECS[name], task.budgets_bytes, judges)) for name in task.versions)
         told.append(f"{printable(task.photo.name)}: {count} classical files")
     return told
 

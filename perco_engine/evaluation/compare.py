@@ -20,7 +20,7 @@ from ..picture_files import UNREADABLE
 from ..printable import printable
 from ..rates import chosen
 from . import classical, metrics
-from .classical_search import Search
+from .classical_search import Search, digest
 from .metrics import METRICS, Judge
 from .photo_folder import Photo, photo_at
 from .tables import metric_value
@@ -119,7 +119,7 @@ def compare(
                 shown = Shown("PerCo", f"rate point {point.bpp}", picture, len(data), measured(picture), own=True)
                 rows.append(Row(len(data), [shown]))
                 tell(f"{printable(photo.name)}: {point.bpp} bpp, {len(data):,} bytes")
-            search = Search(settings.kept or Path(unkept), image, versions)
+            search = Search(settings.kept or Path(unkept), digest(image), versions)
             for name in versions:
                 _add_peers(rows, search, image, name, judges, by, measured)
                 tell(f"{printable(photo.name)}: {classical.CODECS[name].title}")
@@ -155,7 +155,7 @@ def _add_peers(
 ) -> None:
     """Adds to each rate the best file of a format in the same bytes."""
     codec = classical.CODECS[name]
-    tried = search.run(codec, [row.size_bytes for row in rows], {by: judges[by]})
+    tried = search.run(image, codec, [row.size_bytes for row in rows], {by: judges[by]})
     for row in rows:
         best = classical.best(tried, row.size_bytes, by)
         if best is None:

@@ -21,7 +21,7 @@ from PIL import Image
 from .. import bitstream, rates, weights
 from ..captioner import caption_pictures, get_captioner
 from ..engine import Engine, get_engine
-from ..errors import EvaluationError, PercoError
+from ..errors import EvaluationError, PercoError, first_line
 from ..family import FamilyEngine
 from ..picture_files import UNREADABLE, picture_bytes
 from ..printable import printable
@@ -68,7 +68,8 @@ class Run:
 
     described: what all lines have in common.  judges: of the metrics that can be had.  codecs: versions of those that
     can.  missing: why the other metrics and codecs cannot.  photos: those that were evaluated.  skipped: why others
-    were not.  warm: rates of a family whose networks ran before; None: of another model.
+    were not.  digests: of the pixels of photos, by their names, where there are codecs.  warm: rates of a family whose
+    networks ran before; None: of another model.
     """
 
     settings: Settings
@@ -82,6 +83,7 @@ class Run:
     missing: dict[str, str]
     photos: list[Photo] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     warm: set[float | None] = field(default_factory=set)
 
     @property
@@ -107,9 +109,11 @@ class Run:
 
     def task(self, photo: Photo) -> classical_search.Task:
         """The search for the best classical files in the bytes of each rate of a photo, which was evaluated."""
-        budgets = [self.line(photo, point.bpp, self.settings.steps[0])["bytes"]["total"] for point in self.points]
+        lines = [self.line(photo, point.bpp, self.settings.steps[0]) for point in self.points]
+        pixels = self.digests[photo.name], (lines[0]["width"], lines[0]["height"])
         folder = self.settings.peers or self.settings.out / "classical"
-        return classical_search.Task(photo, folder, self.codecs, budgets, tuple(self.judges), self.engine.device)
+        budgets, names = [line["bytes"]["total"] for line in lines], tuple(self.judges)
+        return classical_search.Task(photo, *pixels, folder, self.codecs, budgets, names, self.engine.device)
 
     def picture(self, line: Line) -> Image.Image:
         """The decoded picture that a line speaks of."""
@@ -186,17 +190,19 @@ def _left_out(run: Run, photo: Photo, tell: Tell) -> str:
     try:
         image, caption = photo.read(), photo.caption()
     except UNREADABLE as error:
-        return f"cannot be read: {error}"
+        return f"cannot be read: {first_line(error)}"
     try:
         _evaluate_photo(run, photo, image, caption, tell)
     except EvaluationError:
         raise
     except PercoError as error:
-        return str(error)
+        return first_line(error)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return f"its name is too long for files with its results: {error}"
+    if run.codecs:
+        run.digests[photo.name] = classical_search.digest(image)
     return ""
 
 

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import first_line
+
 T = TypeVar("T")
 
 Score = Callable[[Image.Image], float]
@@ -190,8 +192,7 @@ def attempt(loader: Callable[[torch.device], T], device: torch.device, packages:
     except ImportError as error:
         return None, f"not available ({error}): pip install {packages}"
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, f"not available (its weights cannot be loaded: {reason})"
+        return None, f"not available (its weights cannot be loaded: {first_line(error)})"
 
 
 def measure(judges: Mapping[str, Judge], original: Image.Image) -> Measure:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, first_line
 from ..picture_files import UNREADABLE
 from ..printable import printable
 from ..rates import is_number
@@ -45,8 +45,8 @@ def chosen_files(task: classical_search.Task, bpps: Sequence[float]) -> list[Lin
 
     bpps: names of the rates, in the order of the task's budgets.
     """
-    photo = task.photo.read()
-    found = classical_search.Search(task.folder, photo, task.versions)
+    found = classical_search.Search(task.folder, task.digest, task.versions)
+    width, height = task.size
     tried = [found.candidates(codec) for codec in task.versions]
     return [
         {
@@ -59,7 +59,7 @@ def chosen_files(task: classical_search.Task, bpps: Sequence[float]) -> list[Lin
             "scale": best.scale,
             "quality": best.quality,
             "bytes": best.size_bytes,
-            "bits_per_pixel": 8 * best.size_bytes / (photo.width * photo.height),
+            "bits_per_pixel": 8 * best.size_bytes / (width * height),
         }
         for bpp, budget in zip(bpps, task.budgets_bytes, strict=True)
         for candidates in tried
@@ -137,12 +137,13 @@ def tabulate(
     tasks, skipped = [], {}
     for photo in find_photos(folder, kept):
         try:
-            width, height = photo.read().size
+            image = photo.read()
         except UNREADABLE as error:
-            skipped[printable(photo.name)] = f"left out, cannot be read: {error}"
+            skipped[printable(photo.name)] = f"left out, cannot be read: {first_line(error)}"
             continue
-        budgets = [int(bpp * width * height / 8) for bpp in bpps]
-        tasks.append(classical_search.Task(photo, kept, versions, budgets, tuple(judges), device))
+        budgets = [int(bpp * image.width * image.height / 8) for bpp in bpps]
+        pixels = classical_search.digest(image), image.size
+        tasks.append(classical_search.Task(photo, *pixels, kept, versions, budgets, tuple(judges), device))
     if not tasks:
         raise EvaluationError(f"no photo of {folder} can be read: {next(iter(skipped.values()))}")
     classical_search.search(tasks, jobs, tell)

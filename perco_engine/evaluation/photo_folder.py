@@ -10,7 +10,7 @@ from PIL import Image
 from .. import pixels
 from ..bitstream.chunks import MAX_CAPTION_BYTES
 from ..bitstream.header import MAX_SIDE_PX
-from ..errors import EvaluationError
+from ..errors import EvaluationError, first_line
 from ..picture_files import readable_suffixes, sidecar, sidecar_caption
 
 
@@ -78,4 +78,4 @@ def _photo(folder: Path, path: Path, shared: bool) -> Photo:
     try:
         return Photo(*names, hashlib.sha256(path.read_bytes()).hexdigest(), sidecar_caption(path))
     except (OSError, ValueError) as error:
-        return Photo(*names, "", None, str(error))
+        return Photo(*names, "", None, first_line(error))

@@ -17,7 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-PATCH = 8
+from ..rates import LATENT_PX
 
 RIDGE = 1e-4
 """What is added to the diagonal in the least squares of `fit_synthesis`."""
@@ -126,8 +126,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         super().__init__()
         fine = width * 2 // 5
         encoder_depth = max(1, depth * 2 // 3)
-        self.analysis = nn.Conv2d(3, latent_channels, PATCH, stride=PATCH)
-        self.synthesis = nn.Conv2d(latent_channels, 3 * PATCH**2, 3, padding=1, padding_mode="replicate")
+        self.analysis = nn.Conv2d(3, latent_channels, LATENT_PX, stride=LATENT_PX)
+        self.synthesis = nn.Conv2d(latent_channels, 3 * LATENT_PX**2, 3, padding=1, padding_mode="replicate")
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
             nn.Conv2d(48, fine, 3, padding=1),
@@ -155,13 +155,17 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def encode(self, x: Tensor) -> AutoencoderOutput:
         """Picture (b, 3, h, w) in -1..1, h and w multiples of 8, to latents (b, latent_channels, h/8, w/8)."""
-        return AutoencoderOutput(latents=in_tiles(lambda part: self.analysis(part) + self.encoder(part), x, PATCH, 1))
+        return AutoencoderOutput(
+            latents=in_tiles(lambda part: self.analysis(part) + self.encoder(part), x, LATENT_PX, 1)
+        )
 
     @apply_forward_hook
     def decode(self, z: Tensor) -> DecoderOutput:
         """Latents (b, latent_channels, h/8, w/8) to a picture (b, 3, h, w), about -1..1."""
         return DecoderOutput(
-            sample=in_tiles(lambda part: F.pixel_shuffle(self.synthesis(part), PATCH) + self.decoder(part), z, 1, PATCH)
+            sample=in_tiles(
+                lambda part: F.pixel_shuffle(self.synthesis(part), LATENT_PX) + self.decoder(part), z, 1, LATENT_PX
+            )
         )
 
     @apply_forward_hook
@@ -171,7 +175,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         Latents (b, latent_channels, h/8, w/8) to (b, 3, h/reduction, w/reduction).  Averaging a linear map's output
         is averaging its weights, so a smaller preview costs less, not more.
         """
-        side = PATCH // reduction
+        side = LATENT_PX // reduction
         weight = self.synthesis.weight.unflatten(0, (3, side, reduction, side, reduction)).mean((2, 4)).flatten(0, 2)
         bias = self.synthesis.bias
         assert bias is not None
@@ -204,7 +208,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         """
         inputs = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3)  # (b, 9 c, h/8 w/8)
         x = inputs.transpose(1, 2).flatten(0, 1).double()
-        y = F.pixel_unshuffle(pictures, PATCH).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        y = F.pixel_unshuffle(pictures, LATENT_PX).flatten(2).transpose(1, 2).flatten(0, 1).double()
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         gram = x.T @ x / len(x)
         gram += RIDGE * torch.eye(len(gram), dtype=gram.dtype)

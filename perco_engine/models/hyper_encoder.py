@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
 from ..errors import UnsupportedRatePoint
-from ..rates import REFERENCE_SIDE_PX, RatePoint, of_hyper_encoder
+from ..rates import LATENT_PX, REFERENCE_SIDE_PX, RatePoint, of_hyper_encoder
 
-LATENT_SIDE = REFERENCE_SIDE_PX // 8
+LATENT_SIDE = REFERENCE_SIDE_PX // LATENT_PX
 """The side of the latents of a picture of that size, whose grid of codes has cfg_ss a side."""
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from vector_quantize_pytorch import VectorQuantize
 
-from ..rates import RatePoint, of_hyper_encoder
-from .autoencoder import PATCH, ResidualBlock, zero_conv
+from ..rates import LATENT_PX, RatePoint, of_hyper_encoder
+from .autoencoder import ResidualBlock, zero_conv
 from .hyper_encoder import HyperEncoderOutput
 
 
@@ -161,7 +161,7 @@ class HyperLadder(ModelMixin, ConfigMixin):
         super().__init__()
         weights = rate_weights or [0.0] * len(grids)
         self.levels: Sequence[LadderLevel] = nn.ModuleList(  # type: ignore[assignment]
-            LadderLevel(latent_channels, width, (pixels // PATCH).bit_length() - 1, codebook_size, weight)
+            LadderLevel(latent_channels, width, (pixels // LATENT_PX).bit_length() - 1, codebook_size, weight)
             for (pixels, codebook_size), weight in zip(grids, weights, strict=True)
         )
 

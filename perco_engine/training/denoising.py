@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..models.autoencoder import PATCH, PatchAutoencoder
+from ..models.autoencoder import PatchAutoencoder
 from ..models.perceptual import FeatureDistance
+from ..rates import LATENT_PX
 from .embedded_settings import StageName
 from .stage import Run
 
@@ -55,7 +56,7 @@ def grid_excess(pictures: Tensor) -> Tensor:
     take a dotted grid for texture, and people do not (LOG.md, q).
     """
     fine = _fine_contrast(pictures)
-    squares = F.avg_pool2d(F.pixel_unshuffle(fine, PATCH), 4, stride=2).unflatten(1, (3, PATCH**2))
+    squares = F.avg_pool2d(F.pixel_unshuffle(fine, LATENT_PX), 4, stride=2).unflatten(1, (3, LATENT_PX**2))
     recurring = (squares - squares.mean(2, keepdim=True)).square().mean((1, 2, 3, 4))
     excess: Tensor = (recurring / (fine.square().mean((1, 2, 3)) + 1e-6) - GRID_SHARE).relu().mean()
     return excess

@@ -26,14 +26,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..errors import InvalidSettings, TrainingError
+from ..errors import InvalidSettings, TrainingError, first_line
 from ..files import new_folder
 from ..models.autoencoder import PatchAutoencoder
 from ..models.ladder import HyperLadder
 from ..models.perceptual import FeatureDistance
 from ..models.unet import UNet2DConditionModel
 from ..picture_files import UNREADABLE
-from ..pixels import to_tensor
+from ..rates import EMBEDDED, LATENT_PX
+from ..tensors import to_tensor
 from . import begun
 from .checkpoints import writing
 from .crops import Crops
@@ -52,13 +53,14 @@ from .networks import quiet
 from .photos import random_crop
 from .prior import train_prior
 from .processes import accelerated
+from .settings import MODEL
 from .sources import open_source
 from .stage import Run, Stage, channels_last
 from .text import check_corpus, freeze_text, no_caption, text_parts, train_text
 
 LATENT_CHANNELS = 16
 
-GRIDS = ((64, 256), (32, 256), (16, 512), (16, 512), (8, 256), (8, 256))
+GRIDS = tuple((grid.pixels_per_index, grid.codebook_size) for grid in EMBEDDED[-1].grids)
 """(pixels per index, codebook size) of the ladder's levels."""
 
 RATE_SHARES = (0.0, 0.0, 0.025, 0.025, 0.06, 0.06)
@@ -66,9 +68,6 @@ RATE_SHARES = (0.0, 0.0, 0.025, 0.025, 0.06, 0.06)
 
 PRIOR_WEIGHTS = (0.6, 0.1)
 """What a bit costs at the coarsest levels, where the prior counts it, in squared distance of codes."""
-
-MODEL = "model"
-"""The finished model's folder, in the run's."""
 
 
 def check(settings: Embedded) -> None:
@@ -183,7 +182,7 @@ def cache_latents(vae: PatchAutoencoder, run: Run, scales: tuple[float, ...], sk
     cached = []
     for picture in readable(run, skipped):
         for scale in scales:
-            width, height = (round(side * scale) // 8 * 8 for side in picture.size)
+            width, height = (round(side * scale) // LATENT_PX * LATENT_PX for side in picture.size)
             if min(width, height) < run.settings.ladder.side:
                 continue
             x = to_tensor([picture.resize((width, height))]).to(run.accelerator.device)
@@ -200,8 +199,8 @@ def readable(run: Run, skipped: dict[str, str]) -> Iterator[Image.Image]:
         try:
             yield run.source.read(number)
         except UNREADABLE as error:
-            skipped[name] = str(error)
-            run.tell(f"left out: {name} ({error})")
+            skipped[name] = first_line(error)
+            run.tell(f"left out: {name} ({skipped[name]})")
 
 
 def latent_batch(cached: list[Tensor], side: int, size: int, rng: random.Random) -> Tensor:
@@ -228,7 +227,7 @@ def train_ladder(run: Run) -> None:
     if fresh:
         for rung in ladder.levels:
             rung.metric.copy_(deviation**0.75)
-    side, size = run.settings.ladder.side // 8, run.settings.ladder.batch_size
+    side, size = run.settings.ladder.side // LATENT_PX, run.settings.ladder.batch_size
     mind_codebooks(ladder, size * run.accelerator.num_processes * side**2)
     skipped: dict[str, str] = {}
     cached = run.kept("ladder", "latents.pt", lambda: cache_latents(channels_last(vae), run, (1.0, 0.6), skipped))
@@ -285,7 +284,7 @@ def train_joint(run: Run) -> None:
     unet.conv_in.requires_grad_(False)  # kept for its name, and not in use
     vae.decoder.requires_grad_(True)
     size, side = settings.crops[0]
-    mind_codebooks(ladder, size * run.accelerator.num_processes * (side // 8) ** 2)
+    mind_codebooks(ladder, size * run.accelerator.num_processes * (side // LATENT_PX) ** 2)
     for rung in ladder.levels:
         rung.frozen_codebook = settings.frozen_codebooks
     scheduler = new_scheduler()

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import InvalidModel, InvalidSettings, ModelUnavailable
 from ..files import new_folder
-from ..model_folder import is_null, load_component, progress_bars_off, read_json
+from ..model_files import is_null, read_json
+from ..model_folder import load_component, progress_bars_off
 from ..models.hyper_encoder import ElicHyperEncoder, HificHyperEncoder, HyperEncoder
 from ..models.unet import UNet2DConditionModel
 from ..pipeline import PercoPipeline

@@ -25,13 +25,10 @@ from .journal import Journal, Tell
 from .objective import PercoObjective, draw
 from .photos import short_side_crop
 from .processes import accelerated
-from .settings import Objective, Optimizer, PercoSd, WebdatasetData
+from .settings import MODEL, Objective, Optimizer, PercoSd, WebdatasetData
 from .shards import ShardCrops, open_shards
 from .sources import open_source
 from .validation import Validation, open_photos
-
-MODEL = "model"
-"""The finished model's folder, in the run's."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, SMALLEST_CODEBOOK, Prior
+from ..bitstream.prior import ACTIVATION_SHIFT, LARGEST, LARGEST_BIAS, PHASES, PRIOR_FILE, SMALLEST_CODEBOOK, Prior
 from ..choice import choose
 from ..errors import TrainingError
 from ..models.ladder import HyperLadder
@@ -187,9 +187,9 @@ class PriorNetwork(nn.Module):
                 value.copy_(torch.from_numpy(tensors[f"{k}.{name}"].astype(np.float32)) * step)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes prior.safetensors, as a model folder has it in prior/."""
+        """Writes the prior's file, as a model folder has it, PRIOR_FILE, into its folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.integers(), folder / "prior.safetensors")
+        save_file(self.integers(), folder / Path(PRIOR_FILE).name)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def train_prior(run: Run) -> None:
         )
     network, prior = PriorNetwork(grids), None
     if (begun := run.find((), "prior")) is not None:
-        network.load_integers(load_file(begun / "prior.safetensors"))
+        network.load_integers(load_file(begun.parent / PRIOR_FILE))
         prior = Prior.load(begun.parent)
     indices = run.kept("prior", "codes.pt", lambda: codes_of_crops(run, vae, ladder, prior, settings.crops))
     stage = Stage(run, "prior", {"prior": network})

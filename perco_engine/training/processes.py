@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -68,20 +68,19 @@ def devices() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(config: Path, processes: int) -> None:
-    """Runs `perco train` in several processes of this machine, one a GPU where there are GPUs.
+def launch(command: Sequence[str], processes: int) -> None:
+    """Runs a command of Python's, as in ["-m", "module", ...], in several processes, one a GPU where there are GPUs.
 
     A signal to end is passed on to them, so that they write a checkpoint.
 
     Raises TrainingError where one of them fails.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = dict(os.environ) if torch.cuda.is_available() else os.environ | {"ACCELERATE_USE_CPU": "true"}
     from torch.distributed.launcher.api import LaunchConfig
 
     if any(field.name == "shutdown_timeout" for field in fields(LaunchConfig)):  # in newer releases of torch
-        command += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
-    command += ["-m", "pillow_perco.cli", "train", str(config)]
+        launcher += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     stopped, launchers = list[int](), list[subprocess.Popen[bytes]]()
 
     def stop(number: int, frame: Any) -> None:
@@ -95,7 +94,7 @@ def launch(config: Path, processes: int) -> None:
     before = {number: signal.signal(number, stop) for number in heard}
     try:
         # In a session of its own: what a terminal sends to all of a group would reach it twice.
-        launchers.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        launchers.append(subprocess.Popen([*launcher, *command], env=environment, start_new_session=True))
         if stopped:
             launchers[0].terminate()
         failed = launchers[0].wait()

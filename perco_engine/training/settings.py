@@ -17,6 +17,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 from pydantic import AllowInfNan, Discriminator
 
+MODEL = "model"
+"""The finished model's folder, in the run's."""
+
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .. import pixels
-from ..errors import InvalidSettings, TrainingError
+from ..errors import InvalidSettings, TrainingError, first_line
 from ..picture_files import UNREADABLE
+from ..tensors import to_tensor
 from .crops import ATTEMPTS, Crop, Cut, generator
 from .settings import WebdatasetData
 
@@ -74,14 +75,15 @@ class ShardCrops(IterableDataset[Crop]):
             seed = rng.getrandbits(63)
             try:
                 photo = _decode(sample)
-                (crop,) = pixels.to_tensor([self.cut(photo, self.side, rng)])
+                (crop,) = to_tensor([self.cut(photo, self.side, rng)])
                 sidecar = sample["txt"].decode("utf-8-sig").strip() if "txt" in sample else None
             except UNREADABLE as error:
-                skipped[sample["__key__"]] = str(error)
+                skipped[sample["__key__"]] = first_line(error)
                 failed += 1
                 if failed == ATTEMPTS:
                     raise TrainingError(
-                        f"{ATTEMPTS} photos in a row cannot be read, the last one, {sample['__key__']}: {error}"
+                        f"{ATTEMPTS} photos in a row cannot be read, the last one, {sample['__key__']}: "
+                        f"{first_line(error)}"
                     ) from error
                 continue
             failed = 0
@@ -98,7 +100,7 @@ class ShardCrops(IterableDataset[Crop]):
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def skip(error: Exception) -> bool:
-            skipped[opened[-1]] = str(error)
+            skipped[opened[-1]] = first_line(error)
             return True
 
         def streams(shards: list[str]) -> Iterator[dict[str, Any]]:

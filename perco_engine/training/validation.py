@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import InvalidSettings, NotFinite
 from ..picture_files import UNREADABLE
 from ..pipeline import PercoPipeline
-from ..pixels import to_tensor
 from ..prompts import embed
+from ..tensors import to_tensor
 from .captions import Captioned
 from .journal import Journal
 from .objective import PercoObjective, draw

@@ -82,10 +82,11 @@ def _files(place: Place, *, wanted: bool) -> Iterator[Finding]:
     menu = install.thunar_file(place)
     changed = [path for path in map(Path, manifest.written) if path != menu and not manifest.is_ours(path)]
     current = points.files(place)
+    shared = points.current_manifest(points.system_place())
     old = [
         path
         for path, (data, _) in current.items()
-        if path not in changed and _read(path) != data and not install.is_left_to_system(path, place)
+        if path not in changed and _read(path) != data and not install.is_left_to_system(path, place, shared)
     ]
     if changed:
         yield Finding(name, f"{len(changed)} files were changed or removed ({changed[0].name}, ...)", mend)
@@ -125,7 +126,7 @@ def _databases(installed: list[Place]) -> Iterator[Finding]:
 def _is_left_to_system(place: Place) -> bool:
     """Whether a user's installation has no thumbnailer of its own, since the system has one."""
     file = place.data / points.THUMBNAILER
-    return not file.exists() and install.is_left_to_system(file, place)
+    return not file.exists() and install.is_left_to_system(file, place, points.current_manifest(points.system_place()))
 
 
 def thumbnailer_of(place: Place) -> Path | None:
@@ -154,7 +155,7 @@ def _helper(installed: list[Place]) -> Iterator[Finding]:
         elif not seen_by_sandbox(helper):
             on_gnome = "GNOME" in os.environ.get("XDG_CURRENT_DESKTOP", "").split(":")
             text = f"{helper} runs, but GNOME's sandbox sees only /usr; for GNOME"
-            mend = INSTALL if points.is_current(points.system_place()) else install_system()
+            mend = INSTALL if points.current_manifest(points.system_place()) is not None else install_system()
             yield Finding(name, text, mend, fault=on_gnome)
         else:
             yield Finding(name, f"{helper} runs, in GNOME's sandbox too" + _sandboxed(helper))

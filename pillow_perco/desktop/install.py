@@ -36,7 +36,8 @@ def install(place: Place) -> Iterator[str]:
     manifest.make_folder(place.state)
     if place.is_system:
         yield from system.install(place, manifest)
-    files = {path: file for path, file in points.files(place).items() if not is_left_to_system(path, place)}
+    shared = points.current_manifest(points.system_place())
+    files = {path: file for path, file in points.files(place).items() if not is_left_to_system(path, place, shared)}
     for path, (data, mode) in files.items():
         manifest.put(path, data, mode, manifest.before_ours(path, data))
         yield f"{path}"
@@ -148,15 +149,16 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def is_left_to_system(path: Path, place: Place) -> bool:
-    """Whether a system-wide installation has a user's file already: two of them would make two menu entries."""
-    if place.is_system or not path.is_relative_to(place.data):
+def is_left_to_system(path: Path, place: Place, shared: Manifest | None) -> bool:
+    """Whether a system-wide installation has a user's file already: two of them would make two menu entries.
+
+    shared: the manifest of that installation, as points.current_manifest gives it.
+    """
+    if shared is None or place.is_system or not path.is_relative_to(place.data):
         return False
     system_place = points.system_place()
     twin = system_place.data / path.relative_to(place.data)
-    if not points.is_current(system_place) or not twin.exists():
-        return False
-    if str(twin) not in Manifest.read(system_place.manifest).written:
+    if str(twin) not in shared.written or not twin.exists():
         return False
     return path.suffix in RUN_NO_PERCO or _runs_for_this_user(system_place)
 

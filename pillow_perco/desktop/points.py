@@ -66,7 +66,7 @@ def user_place() -> Place:
         if os.geteuid() == 0 and there.stat().st_uid != 0:  # as with sudo, which may leave another user's home
             raise PermissionError(f"{there} is not this user's own: run it as its owner, or use --system")
     system = system_place()
-    shared = is_current(system) and os.access(system.thumbnailer, os.X_OK)
+    shared = current_manifest(system) is not None and os.access(system.thumbnailer, os.X_OK)
     thumbnailer = system.thumbnailer if shared else script("perco-thumbnailer")
     return Place(data, config, data / "pillow-perco", (str(script("perco")),), thumbnailer)
 
@@ -85,12 +85,13 @@ def system_place(prefix: Path | None = None, destination: Path | None = None) ->
     return Place(inside / "share", root / "etc" / "xdg", state, perco, helper, is_system=True, root=root)
 
 
-def is_current(system: Place) -> bool:
-    """Whether a system-wide installation is of this release: another one's previews are not of this one's files."""
+def current_manifest(system: Place) -> Manifest | None:
+    """The manifest of a system-wide installation of this release: another one's previews are not of its files."""
     try:
-        return Manifest.read(system.manifest).version == __version__
+        found = Manifest.read(system.manifest)
     except ValueError:  # damaged, which `check` tells
-        return False
+        return None
+    return found if found.version == __version__ else None
 
 
 def _xdg(variable: str, default: str) -> Path:
