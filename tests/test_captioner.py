@@ -390,8 +390,10 @@ def test_models_without_a_processor_for_both_are_refused(
 ) -> None:
     """Of a ViT with a GPT-2, say, transformers makes a tokenizer where the processor should be."""
     monkeypatch.setattr(AutoProcessor, "from_pretrained", AutoTokenizer.from_pretrained)
+    captioner = PipelineCaptioner(blip)
+    captioner.release()
     with pytest.raises(InvalidModel, match="no processor that takes pictures and text"):
-        PipelineCaptioner(blip, max_new_tokens=7)(pictures[:1])
+        captioner(pictures[:1])
 
 
 def test_a_model_that_does_not_fit_in_memory_says_what_takes_less(
