@@ -16,6 +16,9 @@ BUILDING = Lock(reentrant=True)
 """Held while networks are built: diffusers, accelerate and transformers change torch for the whole process meanwhile,
 and two of them at once would leave it changed."""
 
+FORK_WAITS_SECONDS = 60
+"""For networks that another thread builds, at most: it might itself wait for what the thread that forks holds."""
+
 
 def best_device() -> torch.device:
     """CUDA or MPS where there is one, else the CPU."""
@@ -149,4 +152,9 @@ def _in_a_forked_process() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_a_forked_process)
+    # A process that is forked while networks are built would find torch changed for ever.
+    os.register_at_fork(
+        before=lambda: BUILDING.acquire(FORK_WAITS_SECONDS),
+        after_in_parent=BUILDING.release,
+        after_in_child=_in_a_forked_process,
+    )

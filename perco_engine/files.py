@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from .codes import MAX_FILE_BYTES
+from .printable import printable
 
 BLOCK_BYTES = 1 << 20
 """What is read at once."""
@@ -49,17 +50,14 @@ def write_beside(
     Raises OSError.
     """
     named = Path(os.fsdecode(path))
-    try:
-        there = named.stat().st_mode
-    except FileNotFoundError:
-        there = None
+    there = _mode(named)
     if there is not None:
         if stat.S_ISDIR(there):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
         if not stat.S_ISREG(there):
             named.write_bytes(data)
             return
-        if not os.access(named, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        if not _may_write(named):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
         mode = stat.S_IMODE(there) if mode is None else mode
     target = named.resolve()
@@ -85,6 +83,41 @@ def write_beside(
         raise
     finally:
         _unfinished.discard(beside)
+
+
+def make_place(path: Path) -> None:
+    """Makes the folder, where it is missing, of a file that `write_beside` is to write after long work.
+
+    Raises OSError where that is known to fail: the folder, or what is there, is write-protected, or a name too long.
+    """
+    asked = path
+    try:
+        mode, folder = _mode(path), path.resolve().parent
+        if mode is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _mode(path)  # raises OSError where the name is too long
+        if mode is not None and stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if mode is not None and not _may_write(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if mode is None or stat.S_ISREG(mode):  # and no device, which is not replaced
+            asked = folder
+            if not _may_write(folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(f"{printable(asked)} cannot be written to: {error.strerror}") from error
+
+
+def _mode(path: Path) -> int | None:
+    """What a file is, and its permissions; None where there is none."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 @contextlib.contextmanager

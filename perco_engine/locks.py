@@ -4,6 +4,7 @@ A fork copies the memory of a process, and of its threads the one alone that for
 copied held, and nobody is left to release it (pthread_atfork(3), "Rationale").
 """
 
+import contextlib
 import os
 import threading
 import weakref
@@ -23,11 +24,20 @@ class Lock:
         """Makes it free, whoever held it."""
         self._held = self._new()
 
+    def acquire(self, timeout_seconds: float = -1) -> None:
+        """Takes it, or gives up after this time; negative: never."""
+        self._held.acquire(timeout=timeout_seconds)
+
+    def release(self) -> None:
+        """Nothing where it is not held: after giving up, or by a thread that forked meanwhile, in the new process."""
+        with contextlib.suppress(RuntimeError):
+            self._held.release()
+
     def __enter__(self) -> None:
-        self._held.acquire()
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._held.release()
+        self.release()
 
 
 def _renew_all() -> None:

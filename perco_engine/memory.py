@@ -100,7 +100,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # On the CPU, on MPS, and in CUDA's libraries torch has no class for it.
     signs = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    # oneDNN says what it could not do, and never why; "a primitive descriptor" is of what it does not know how to do.
+    failed = ("could not create a memory object", "could not create a primitive", "could not execute a primitive")
+    text = str(error)
+    return isinstance(error, RuntimeError) and (text in failed or any(sign in text for sign in signs))
 
 
 def explained(doing: str, pipeline: PercoPipeline, count: int, size: tuple[int, int]) -> AbstractContextManager[None]:
@@ -116,7 +119,8 @@ def explained(doing: str, pipeline: PercoPipeline, count: int, size: tuple[int, 
     if doing in ("encode", "search"):
         smaller.append("a smaller picture")
     elif doing == "decode" and isinstance(pipeline.vae, PatchAutoencoder) and max(size) > 1:
-        smaller.append(f"max_size_px={max(size) // 2}")
+        half = max(size) // 2
+        smaller.append(f"decoding it smaller (max_size_px={half}; perco decode --max-size {half})")
     pictures = f"{count} picture{'s' if count > 1 else ''} of {size[0]}x{size[1]} pixels"
     task = f"{'search for codes of' if doing == 'search' else doing} {pictures}"
     return _out_of_memory(task, pipeline, pipeline._execution_device, *smaller, may_offload=doing != "search")

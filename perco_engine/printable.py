@@ -1,6 +1,7 @@
 """Names of files as lines of text, which no name can break or make a terminal obey."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 MOST_TOLD = 5
@@ -9,7 +10,8 @@ MOST_TOLD = 5
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path as a line of text can hold it, whatever bytes and control characters are in its name."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    # Not by os.fsencode: where names are ASCII by the locale, a caption still has other letters.
+    text = os.fspath(path).encode("utf-8", sys.getfilesystemencodeerrors()).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 

@@ -3,6 +3,9 @@
 import io
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from PIL import Image
 import pillow_perco
 from perco_engine import bitstream, conversion, picture_files
 from perco_engine.errors import PercoError, full_text
-from perco_engine.files import read_perco_file, write_beside
+from perco_engine.files import make_place, read_perco_file, write_beside
 from perco_engine.printable import printable
 
 from .cli_compare import compare
@@ -31,12 +34,26 @@ DEMO_PHOTO = Path(__file__).parent / "demo.jpg"
 class Group(click.Group):
     """Turns what can go wrong with files and models into one line on stderr and exit code 1."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:  # where --help and --version print
+        with self._in_words():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with self._in_words(), warnings.catch_warnings():
+            if not sys.warnoptions:  # nobody asks for what Pillow warns programmers of
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
         _escape_letters()
         try:
-            return super().invoke(ctx)
+            yield
         except (BrokenPipeError, RuntimeError):  # whoever read it is gone, which click knows; click's own; our fault
             raise
+        except MemoryError as error:
+            less = "smaller pictures (--max-size), fewer at once (--samples), no search (--effort 0)"
+            raise click.ClickException(f"not enough memory; what takes less: {less}") from error
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
         except (PercoError, *picture_files.UNREADABLE) as error:
@@ -139,6 +156,7 @@ def encode(
     refuse_other_names(target, "encode")
     refuse_overwriting(source, target)
     read = read_photo(source, keep_metadata)
+    make_place(target)
     photo, metadata = read.image, {name: block for name, block in vars(read.metadata).items() if block}
     pillow_perco.save(photo, target, alpha=not no_alpha, **options, **metadata)
     size = target.stat().st_size
@@ -156,7 +174,9 @@ def encode(
 @SEED
 @click.option("--max-size", type=click.IntRange(1), help="Longer side of the result, in pixels, at most.")
 @FILE_MODEL
-@click.option("--samples", type=click.IntRange(1), help="Write a sheet of so many plausible originals, a seed each.")
+@click.option(
+    "--samples", type=click.IntRange(1, 129), help="Write a sheet of so many plausible originals, a seed each."
+)
 def decode(
     source: Path, target: Path, steps: int | None, guidance: float | None, seed: int | None,
     max_size: int | None, model: str | None, samples: int | None,
@@ -168,6 +188,7 @@ def decode(
     kind = kind_of(target)
     data = read_perco_file(source)
     header = bitstream.read_header(data)
+    make_place(target)
     engine = engine_of_file(data, model)
     first = header.seed if seed is None else seed
     seeds = [(first + k) % 2**32 for k in range(samples or 1)]
@@ -214,6 +235,7 @@ def convert_reference(source: Path, target: Path, bpp: float | None) -> None:
     with source.open("rb") as file:
         data = file.read(reference_files.MAX_FILE_BYTES + 1)
     converted = reference_files.convert(data, bpp)
+    make_place(target)
     write_beside(target, converted)
     click.echo(f"{printable(target)}: {len(converted)} bytes, the reference's file has {len(data)}")
 
@@ -230,7 +252,9 @@ def demo(photo: Path, out: Path, effort: int | None) -> None:
 
     refuse_overwriting(photo, out)
     kind = kind_of(out)
-    sheet, table = run(read_photo(photo).image, effort)
+    read = read_photo(photo).image
+    make_place(out)
+    sheet, table = run(read, effort)
     click.echo(table)
     write_beside(out, picture_files.picture_bytes(sheet, kind))
     click.echo(f"\nlook at {printable(out)}")

@@ -15,7 +15,7 @@ from perco_engine.terminal import PROTOCOLS, Protocol, is_terminal
 from .cli_options import FILE_MODEL, INPUT, SEED, STEPS
 from .desktop.menu import notify
 
-MOST_ROWS = 1000
+MOST_ROWS = MOST_COLUMNS = 1000
 """In the terminal, of a picture whose width is asked for."""
 
 
@@ -23,7 +23,7 @@ MOST_ROWS = 1000
 @click.argument("file", type=INPUT)
 @click.option("--terminal", "in_terminal", is_flag=True, help="Show it here, in the terminal.")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), help="For the terminal.  [default: what it says it can]")
-@click.option("--width", type=click.IntRange(1), help="For the terminal: columns.  [default: all]")
+@click.option("--width", type=click.IntRange(1, MOST_COLUMNS), help="For the terminal: columns.  [default: all]")
 @click.option("--steps", type=STEPS, help="Denoising steps.  [default: the model's]")
 @SEED
 @FILE_MODEL

@@ -1,12 +1,16 @@
 """The command line, from outside."""
 
+import errno
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -97,6 +101,8 @@ def test_another_model_is_named_at_decoding_too(jpeg: Path, tiny_model: Path, tm
         (("encode", "{text}", "{out}"), "cannot identify image file"),
         (("encode", "{avif}", "{out}"), "broken.avif: "),
         (("info", "{large}"), "the file is larger than 268435456 bytes, which no .perco file needs to be"),
+        (("decode", "{out}", "{png}", "--samples", "130"), "130 is not in the range 1<=x<=129"),
+        (("view", "{out}", "--width", "1001"), "1001 is not in the range 1<=x<=1000"),
         (("demo", "--photo", "{png}", "--out", "{png}"), "would be written over"),
         (("demo", "--photo", "{jpeg}", "--out", "{text}.foo"), "no picture format"),
         (("convert-reference", "{out}", "{out}"), "would be written over"),
@@ -125,6 +131,60 @@ def test_what_goes_wrong_is_told_in_one_line(arguments: tuple[str, ...], says: s
     assert result.exit_code in (1, 2)
     assert says in result.output and "Traceback" not in result.output
     assert out.read_bytes() == png.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("command", ["encode", "decode", "demo", "compare"])
+def test_where_nothing_can_be_written_nothing_is_computed(
+    command: str, jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded, place = tmp_path / "x.perco", tmp_path / "new" / ("n" * 255)
+    perco("encode", jpeg, coded)
+    for work in ("engine.engine_of_file", "engine.get_engine", "evaluation.compare.get_engine", "evaluation.demo.run"):
+        monkeypatch.setattr(f"perco_engine.{work}", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(pillow_perco, "save", lambda *_, **__: pytest.fail("too late"))
+    arguments = {
+        "encode": (jpeg, f"{place}.perco"),
+        "decode": (coded, f"{place}.png"),
+        "demo": ("--photo", jpeg, "--out", f"{place}.png"),
+        "compare": (jpeg, "--out", f"{place}.html"),
+    }
+    result = perco(command, *arguments[command])
+    assert result.exit_code == 1 and "cannot be written to: File name too long" in result.output
+
+
+def test_missing_folders_are_made(jpeg: Path, tmp_path: Path) -> None:
+    assert perco("encode", jpeg, tmp_path / "a" / "b" / "x.perco").exit_code == 0
+    assert perco("decode", tmp_path / "a" / "b" / "x.perco", tmp_path / "c" / "x.png").exit_code == 0
+    assert opened_size(tmp_path / "c" / "x.png") == (192, 128)
+
+
+def test_python_s_own_lack_of_memory_is_told(jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absurd(*_: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr("perco_engine.picture_files.read_photo", absurd)
+    result = perco("encode", jpeg, tmp_path / "x.perco")
+    assert result.exit_code == 1 and "not enough memory; what takes less: smaller pictures" in result.output
+
+
+def test_a_full_disk_is_told_of_help_too(jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> NoReturn:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for arguments in (["--help"], ["--version"], ["encode", "--help"]):
+        with monkeypatch.context() as patch, pytest.raises(click.ClickException, match="No space left on device"):
+            patch.setattr(sys, "stdout", Full())
+            main(arguments, standalone_mode=False)
+
+
+def test_what_pillow_warns_programmers_of(jpeg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a warning is an error."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 192 * 128 - 1)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    assert perco("encode", jpeg, tmp_path / "x.perco").exit_code == 0
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    assert isinstance(perco("encode", jpeg, tmp_path / "y.perco").exception, Image.DecompressionBombWarning)
 
 
 def test_decode_to_a_name_of_no_known_format(jpeg: Path, tmp_path: Path) -> None:
@@ -223,6 +283,13 @@ def test_letters_that_the_encoding_of_the_output_lacks(photo: Image.Image, tmp_p
     pillow_perco.save(photo, tmp_path / "x.perco", caption="сова, Käuzchen")
     result = CliRunner(charset="cp1252").invoke(main, ["info", str(tmp_path / "x.perco")])
     assert result.exit_code == 0 and "\\u0441\\u043e\\u0432\\u0430, Käuzchen" in result.output
+
+
+def test_letters_where_the_locale_is_c() -> None:
+    program = "from perco_engine.printable import printable; print(ascii(printable('K\\xe4uzchen caf\\udce9')))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    assert run.stdout == "'K\\xe4uzchen caf\\\\xe9'\n"
 
 
 def test_the_name_of_a_model_that_is_pulled() -> None:

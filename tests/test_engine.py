@@ -1,7 +1,10 @@
 """The engine: batches, limits, the cache, and what it says when something is wrong."""
 
 import functools
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from PIL import Image
 
 from perco_engine import get_engine, lite0, weights
 from perco_engine.bitstream.header import checksum
-from perco_engine.devices import WeightsCache, best_device, best_dtype, budget_bytes, usable_device
+from perco_engine.devices import BUILDING, WeightsCache, best_device, best_dtype, budget_bytes, usable_device
 from perco_engine.engine import Engine, _reduction
 from perco_engine.errors import (
     BudgetTooSmall,
@@ -208,6 +211,68 @@ def test_two_models_that_are_loaded_at_once_leave_torch_as_it_was(tiny_model: Pa
     assert failed == [] and not any(thread.is_alive() for thread in threads)
     assert torch.nn.Module.register_parameter is register and torch.get_default_dtype() == dtype
     assert torch.nn.Linear(1, 1).weight.device == cpu
+
+
+def ends_well(act: Callable[[], object]) -> bool:
+    """Whether a process that is forked here does this, and gets something true from it."""
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if act() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def is_free() -> bool:
+    """Whether another thread may build networks."""
+    free = threading.Event()
+
+    def build() -> None:
+        with BUILDING:
+            free.set()
+
+    threading.Thread(target=build, daemon=True).start()
+    return free.wait(10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_waits_for_networks_that_another_thread_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, finish, built = threading.Event(), threading.Event(), threading.Event()
+
+    def build() -> None:
+        with BUILDING:
+            begun.set()
+            finish.wait(10)
+            time.sleep(0.1)
+            built.set()
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    begun.wait(10)
+    monkeypatch.setattr("perco_engine.devices.FORK_WAITS_SECONDS", 0.01)
+    assert ends_well(is_free) and not built.is_set()  # not for ever, for the builder may wait for the thread that forks
+    monkeypatch.undo()
+    finish.set()
+    assert ends_well(lambda: built.is_set() and is_free())
+    thread.join()
+    assert is_free()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_thread_that_builds_networks_may_fork() -> None:
+    with BUILDING:
+        assert ends_well(is_free)
+    assert is_free()
+    try:
+        with BUILDING:
+            child = os.fork()
+    finally:
+        if not child:
+            os._exit(sys.exc_info()[0] is not None or not is_free())
+    assert os.waitpid(child, 0)[1] == 0 and is_free()
 
 
 def test_the_engine_that_was_not_used_for_longest_goes_first(tiny_model: Path) -> None:

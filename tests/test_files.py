@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import reachable
 
-from perco_engine.files import write_beside
+from perco_engine.files import make_place, write_beside
 
 
 def test_a_link_stays_a_link_and_permissions_stay(tmp_path: Path) -> None:
@@ -64,6 +64,35 @@ def test_what_is_write_protected_is_not_replaced(tmp_path: Path) -> None:
     with reachable(tmp_path), as_nobody(), pytest.raises(PermissionError, match="x"):
         write_beside(tmp_path / "x", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="users with numbers")
+def test_a_place_that_cannot_be_written_to_is_told_before(tmp_path: Path) -> None:
+    make_place(tmp_path / "new" / "folders" / "x")
+    make_place(tmp_path / ("n" * 255))
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folders"]
+    tmp_path.chmod(0o777)
+    (tmp_path / "loop").symlink_to("loop")
+    for name, mode in (("file", 0o444), ("shut", 0o666), ("shut/file", 0o666)):
+        (tmp_path / name).mkdir() if name == "shut" else (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    (tmp_path / "shut").chmod(0o555)
+    (tmp_path / "link").symlink_to("shut/new")
+    for name, told in (
+        ("file", "file cannot be written to: Permission denied"),
+        ("shut/x", "shut cannot be written to: Permission denied"),
+        ("shut/file", "shut cannot be written to: Permission denied"),
+        ("shut/a/b", "shut/a/b cannot be written to: Permission denied"),
+        ("link", "shut cannot be written to: Permission denied"),
+        ("file/x", "file/x cannot be written to: Not a directory"),
+        ("file/a/b", "file/a/b cannot be written to: Not a directory"),
+        ("new", "new cannot be written to: Is a directory"),
+        ("loop", "loop cannot be written to: Too many levels of symbolic links"),
+        ("n" * 256, "nn cannot be written to: File name too long"),
+    ):
+        with reachable(tmp_path), as_nobody(), pytest.raises(OSError, match=told):
+            make_place(tmp_path / name)
+    make_place(Path(os.devnull))
 
 
 def test_new_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def test_every_way_of_running_out_of_memory_is_known() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."))
+    for failed in ("create a memory object", "create a primitive", "execute a primitive"):
+        assert is_out_of_memory(RuntimeError(f"could not {failed}"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for the matmul primitive."))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -64,7 +67,9 @@ def test_running_out_of_memory_says_what_takes_less(tiny_model: Path, photo: Ima
     hook = engine.pipeline.unet.register_forward_pre_hook(absurd)
     try:
         with pytest.raises(
-            NotEnoughMemory, match=r"decode 1 picture of 192x128 .* on cpu: try max_size_px=96, or .*bfloat16"
+            NotEnoughMemory,
+            match=r"decode 1 picture of 192x128 .* on cpu: try decoding it smaller \(max_size_px=96; perco decode "
+            r"--max-size 96\), or .*bfloat16",
         ):
             engine.decode(data)
         with pytest.raises(NotEnoughMemory, match=r"2 pictures of 192x128 .* try fewer pictures at once"):

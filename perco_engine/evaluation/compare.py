@@ -83,8 +83,8 @@ def compare(
 ) -> list[Comparison]:
     """Writes the page of these photos to `out`; returns what it shows.
 
-    Raises EvaluationError (a photo cannot be read), ModelUnavailable, InvalidModel, ValueError (unknown names, or a
-    page that would be no HTML file, or take the place of a photo).
+    Raises EvaluationError (a photo cannot be read), ModelUnavailable, InvalidModel, OSError (`out` cannot be written),
+    ValueError (unknown names, or a page that would be no HTML file, or take the place of a photo).
     """
     settings = settings or Settings()
     if out.resolve() in [path.resolve() for path in paths]:
@@ -96,7 +96,7 @@ def compare(
     metrics.check_names(settings.formats, classical.CODECS)
     photos = [_read(path, settings.max_size_px) for path in paths]
     smallest = min(min(image.size) for _, image, _ in photos)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_place(out)
     engine = get_engine(settings.model)
     judges, missing = metrics.load(names, engine.device)
     versions, without = classical.available(settings.formats)
