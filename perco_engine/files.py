@@ -36,6 +36,25 @@ def read_perco_file(path: Path) -> bytes:
         return read_perco(file)
 
 
+def place(path: str | bytes | os.PathLike[str]) -> tuple[Path, int | None]:
+    """A path that is to be written to, and the mode of what is there, if anything is.
+
+    Raises OSError where that is a folder or write-protected, or there is no folder to write it in.
+    """
+    named = Path(os.fsdecode(path))
+    try:
+        there = named.stat().st_mode
+    except FileNotFoundError:
+        if not named.resolve().parent.is_dir():
+            raise
+        return named, None
+    if stat.S_ISDIR(there):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
+    if stat.S_ISREG(there) and not os.access(named, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
+    return named, there
+
+
 def write_beside(
     path: str | bytes | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True
 ) -> None:
@@ -48,19 +67,11 @@ def write_beside(
 
     Raises OSError.
     """
-    named = Path(os.fsdecode(path))
-    try:
-        there = named.stat().st_mode
-    except FileNotFoundError:
-        there = None
+    named, there = place(path)
     if there is not None:
-        if stat.S_ISDIR(there):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
         if not stat.S_ISREG(there):
             named.write_bytes(data)
             return
-        if not os.access(named, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
         mode = stat.S_IMODE(there) if mode is None else mode
     target = named.resolve()
     # Not the target's own name with something added: that might be longer than a name can be.
