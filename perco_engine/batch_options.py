@@ -40,7 +40,7 @@ def for_each(given: T | Sequence[T], count: int, name: str) -> list[T]:
 
     name: of the values, in the plural.  Raises ValueError for another number of them than `count`.
     """
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         return [given] * count
     if len(given) != count:
         raise ValueError(f"{len(given)} {name} for {count} files")

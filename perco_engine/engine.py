@@ -28,7 +28,7 @@ from .fitting import fitted
 from .locks import Lock
 from .memory import Placement, explained
 from .opacity import opacity
-from .options import check_seed, whole_number
+from .options import check_metadata, check_picture, check_seed, whole_number
 from .picture_files import within
 from .pipeline import PercoPipeline
 from .search import MOST_STEPS
@@ -154,8 +154,9 @@ class Engine:
         alpha: keep opacity, as a coarse mask, where there is any; False drops it.
         metadata: EXIF, ICC and XMP blocks, stored as they are; those of all pictures, or of each.
 
-        Raises ValueError for values outside of these, BudgetTooSmall (a ValueError) if nothing fits, ModelUnavailable
-        or InvalidModel for the captioner, NotEnoughMemory, and NotFinite where the networks fail.
+        Raises TypeError for what is no picture, ValueError for values outside of these, BudgetTooSmall (a ValueError)
+        if nothing fits, ModelUnavailable or InvalidModel for the captioner, NotEnoughMemory, and NotFinite where the
+        networks fail.
         """
         level = self._level(bpp, highest=max_bytes is not None)
         if max_bytes is not None:
@@ -167,14 +168,17 @@ class Engine:
             seed = check_seed(seed)
         if best_of > 1 and seed is not None:
             raise ValueError(f"seed={seed} leaves no choice to best_of={best_of}: give one of them")
+        if not isinstance(alpha, bool | np.bool_):
+            raise ValueError(f"alpha must be of type bool, not {alpha!r:.80}")
+        given: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
+        blocks = [Metadata() if block is None else check_metadata(block) for block in given]
         for image in images:
-            image.load()  # before this engine is at work: a .perco file is decoded by one
+            check_picture(image).load()  # before this engine is at work: a .perco file is decoded by one
             if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
                 raise ValueError(
                     f"a .perco picture has 1 to {MAX_SIDE_PX} pixels a side, not {image.width}x{image.height}"
                 )
         captions = choose_captions(caption, captioner, images, self.device)
-        blocks: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         files = []
         for image, indices, text, block in zip(images, self.indices(images, level), captions, blocks, strict=True):
             codes = Codes(
@@ -186,7 +190,7 @@ class Engine:
                 caption=text,
                 seed=DEFAULT_SEED if seed is None else seed,
                 alpha=pixels.alpha_mask(image) if alpha else None,
-                metadata=block or Metadata(),
+                metadata=block,
             )
             files.append(fitted(self, codes, image, max_bytes, effort, best_of))
         return files
@@ -255,6 +259,7 @@ class Engine:
             steps = whole_number("steps", steps, 0)
         if max_size_px is not None:
             max_size_px = whole_number("max_size_px", max_size_px, 1)
+        files = [bytes(memoryview(data)) for data in files]  # a TypeError for what holds no bytes
         jobs: list[tuple[Engine, _Job]] = []
         for data, own in zip(files, seeds, strict=True):
             header = bitstream.read_header(data, allow_truncated=allow_truncated)

@@ -101,6 +101,7 @@ class FamilyEngine:
         Files of one checkpoint are decoded together, one checkpoint after the other.
         """
         for_each(options.get("seed"), len(files), "seeds")
+        files = [bytes(memoryview(data)) for data in files]
         gathered: dict[ModelReference, list[int]] = {}
         for k, data in enumerate(files):
             header = bitstream.read_header(data, allow_truncated=options.get("allow_truncated", False))

@@ -37,6 +37,25 @@ def read_perco_file(path: Path) -> bytes:
         return read_perco(file)
 
 
+def place(path: str | bytes | os.PathLike[str]) -> tuple[Path, int | None]:
+    """A path that is to be written to, and the mode of what is there, if anything is.
+
+    Raises OSError where that is a folder or write-protected, or there is no folder to write it in.
+    """
+    named = Path(os.fsdecode(path))
+    try:
+        there = named.stat().st_mode
+    except FileNotFoundError:
+        if not named.resolve().parent.is_dir():
+            raise
+        return named, None
+    if stat.S_ISDIR(there):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
+    if stat.S_ISREG(there) and not _may_write(named):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
+    return named, there
+
+
 def write_beside(
     path: str | bytes | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True
 ) -> None:
@@ -49,16 +68,11 @@ def write_beside(
 
     Raises OSError.
     """
-    named = Path(os.fsdecode(path))
-    there = _mode(named)
+    named, there = place(path)
     if there is not None:
-        if stat.S_ISDIR(there):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
         if not stat.S_ISREG(there):
             named.write_bytes(data)
             return
-        if not _may_write(named):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
         mode = stat.S_IMODE(there) if mode is None else mode
     target = named.resolve()
     # Not the target's own name with something added: that might be longer than a name can be.
@@ -90,30 +104,16 @@ def make_place(path: Path) -> None:
 
     Raises OSError where that is known to fail: the folder, or what is there, is write-protected, or a name too long.
     """
-    asked = path
+    asked, folder = path, path.resolve().parent
     try:
-        mode, folder = _mode(path), path.resolve().parent
-        if mode is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            _mode(path)  # raises OSError where the name is too long
-        if mode is not None and stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if mode is not None and not _may_write(path):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if mode is None or stat.S_ISREG(mode):  # and no device, which is not replaced
+        folder.mkdir(parents=True, exist_ok=True)
+        _, there = place(path)
+        if there is None or stat.S_ISREG(there):  # and no device, which is not replaced
             asked = folder
             if not _may_write(folder):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(f"{printable(asked)} cannot be written to: {error.strerror}") from error
-
-
-def _mode(path: Path) -> int | None:
-    """What a file is, and its permissions; None where there is none."""
-    try:
-        return path.stat().st_mode
-    except FileNotFoundError:
-        return None
 
 
 def _may_write(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """What an encoder tries with a picture's first codes, so that the file fits its budget and its picture is near.
 
-    first codes ─> dearer bits, fewer levels, a coarser opacity mask, until they fit ─> codes that are searched for
+    first codes ─> dearer bits, a coarser opacity mask, fewer levels, until they fit ─> codes that are searched for
                 ─> a better seed
 
 What comes later is kept if it fits as well.
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 MOST_SAVED = 0.3
 """The share of a stream of indices that dearer bits save, at most, as long as they are worth it."""
 
+MASK_SHARE = 0.75
+"""A mask grows coarser for the sake of a level only where it takes more than this share of what the indices take.
+
+At less, coarse opacity costs more than the level gains.
+"""
+
 WORTHWHILE = 1.15
 """How many times as large a stream must be as that of a level less, to show a better picture in spite of dear bits."""
 
@@ -52,15 +58,14 @@ def fitted(
 
 
 def _reduced(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int | None) -> Fitted:
-    """The codes, whole or with as dear bits, as few levels and as coarse an opacity mask as max_bytes asks for."""
+    """The codes, whole or with as dear bits, as coarse an opacity mask and as few levels as max_bytes asks for."""
     if max_bytes is None:
         return codes, engine.pack(codes)
     sizes = []
-    for mask in _ever_coarser(codes.alpha, image):
-        for attempt in _ever_smaller(engine, replace(codes, alpha=mask), image, max_bytes):
-            if len(attempt[1]) <= max_bytes:
-                return attempt
-            sizes.append(len(attempt[1]))
+    for attempt in _ever_smaller(engine, codes, image, max_bytes):
+        if len(attempt[1]) <= max_bytes:
+            return attempt
+        sizes.append(len(attempt[1]))
     raise BudgetTooSmall(
         f"a {image.width}x{image.height} picture with what is to be stored beside it takes at least {min(sizes)} "
         f"bytes, more than max_bytes={max_bytes}: allow more, store less (caption, metadata, opacity), or reduce the "
@@ -77,23 +82,40 @@ def _ever_coarser(mask: AlphaMask | None, image: Image.Image) -> Iterator[AlphaM
 
 
 def _ever_smaller(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) -> Iterator[Fitted]:
-    """The codes, then some of dearer bits that fit, then the same with a level less, down to the lowest."""
-    data = engine.pack(codes)
+    """The codes, then some of dearer bits that fit, then both with coarser masks, then all with a level less.
+
+    The budget has no say in this order: a larger one gives no lower level, nor at the same level a coarser mask.
+    """
+    finest = codes.alpha
     while True:
-        yield codes, data
+        for mask in _ever_coarser(finest, image):
+            codes = replace(codes, alpha=mask)
+            data = engine.pack(codes)
+            yield codes, data
+            if len(codes.indices) == 1:
+                continue
+            sizes = read_header(data).sizes_bytes
+            if len(data) - max_bytes <= MOST_SAVED * sizes["hyper_latent"]:
+                dearer = _dearer(engine, codes, image, max_bytes)
+                if dearer is not None:
+                    yield dearer
+            if sizes.get("alpha", 0) <= MASK_SHARE * sizes["hyper_latent"]:
+                break
         if len(codes.indices) == 1:
             return
-        fewer = replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
-        file = engine.pack(fewer)
-        if len(data) - max_bytes <= MOST_SAVED * _stream_bytes(data):
-            dearer = _dearer(engine, codes, image, max_bytes)
-            if dearer is not None and _stream_bytes(dearer[1]) >= WORTHWHILE * _stream_bytes(file):
-                yield dearer
-        codes, data = fewer, file
+        codes = _a_level_less(codes)
+
+
+def _a_level_less(codes: Codes) -> Codes:
+    """The same codes without their finest grid."""
+    return replace(codes, rate_point=codes.rate_point - 1, indices=codes.indices[:-1])
 
 
 def _dearer(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) -> Fitted | None:
-    """The codes of a ladder at the same rate point with bits that are dear enough; None where none of THRIFTS is."""
+    """The codes of a ladder at the same rate point with bits that are dear enough.
+
+    None where none of THRIFTS is, and where a level less shows as good a picture.
+    """
 
     @functools.cache
     def chosen(thrift: float) -> Fitted:
@@ -101,7 +123,10 @@ def _dearer(engine: "Engine", codes: Codes, image: Image.Image, max_bytes: int) 
         return dearer, engine.pack(dearer)
 
     least = bisect_left(THRIFTS, True, key=lambda thrift: len(chosen(thrift)[1]) <= max_bytes)
-    return chosen(THRIFTS[least]) if least < len(THRIFTS) else None
+    if least == len(THRIFTS):
+        return None
+    found, fewer = chosen(THRIFTS[least]), engine.pack(_a_level_less(codes))
+    return found if _stream_bytes(found[1]) >= WORTHWHILE * _stream_bytes(fewer) else None
 
 
 def _stream_bytes(data: bytes) -> int:

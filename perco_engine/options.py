@@ -3,7 +3,10 @@
 from numbers import Integral
 from typing import Any
 
+from PIL import Image
+
 from .bitstream.header import MAX_SEED
+from .codes import Metadata
 from .rates import is_number
 
 
@@ -21,6 +24,23 @@ def check_guidance_scale(value: Any) -> float:
     if not is_number(value) or value < 0:
         raise ValueError(f"the guidance scale must be a finite number of 0 or more, not {value!r:.80}")
     return float(value)
+
+
+def check_picture(image: Any) -> Image.Image:
+    """A picture of Pillow's.  Raises TypeError."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"a picture must be one of Pillow's (Image.fromarray makes them), not {type(image).__name__}")
+    return image
+
+
+def check_metadata(value: Any) -> Metadata:
+    """Blocks of bytes.  Raises ValueError for others."""
+    if not isinstance(value, Metadata):
+        raise ValueError(f"metadata must be of type Metadata, not {value!r:.80}")
+    for name, block in vars(value).items():
+        if not isinstance(block, bytes):
+            raise ValueError(f"{name} must be bytes, not {type(block).__name__}")
+    return value
 
 
 def check_seed(value: Any) -> int:

@@ -18,7 +18,7 @@ from .errors import InvalidModel, ModelUnavailable
 from .latent_tiles import ATTENTION_TILE, CONVOLUTION_TILE, OVERLAP, LatentTiles
 from .model_folder import OPTIONAL, load_folder, progress_bars_off
 from .models.autoencoder import PatchAutoencoder
-from .options import check_guidance_scale
+from .options import check_guidance_scale, whole_number
 from .prompts import PromptEmbeddings
 from .rates import LATENT_PX
 from .sampling import check_finite, check_steps, denoise, draw_noise
@@ -118,7 +118,8 @@ class PercoPipeline(DiffusionPipeline):
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str | None = None) -> None:
         """Writes a model folder that from_pretrained reads; weights as safetensors in the components' dtypes.
 
-        Where the networks were loaded from is not written along.
+        Where the networks were loaded from is not written along.  Nor is the prior, which engines have and pipelines
+        do not: copy prior/prior.safetensors (`bitstream.prior.PRIOR_FILE`) too, without which files are a third larger.
 
         max_shard_size: bytes, or as in "5GB", that no weights file is to exceed; None: diffusers' default.
         """
@@ -187,7 +188,11 @@ class PercoPipeline(DiffusionPipeline):
         thrift: how many times as much as usual a bit of a ladder's codes costs.
 
         Returns a tuple of grids (b, r_k, c_k) int64, coarse to fine, of the shapes that the rate point gives for w x h.
+
+        Raises ValueError for pictures of another shape, and a level that there is not.
         """
+        if level is not None:
+            level = whole_number("level", level, 0, len(self.hyper_enc.rate_points) - 1)
         latents = self.encode_latents(image)
         check_finite(latents, "encoder", self.vae)
         latents = latents.to(self._execution_device, self.hyper_enc.dtype)
@@ -285,6 +290,11 @@ class PercoPipeline(DiffusionPipeline):
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         steps = check_steps(steps, self.unet, self.scheduler)
         scale = check_guidance_scale(scale)
+        channels = self.unet.config.local_features_channels
+        if local_features.ndim != 4 or local_features.shape[1] != channels:
+            raise ValueError(
+                f"local features must have the shape (b, {channels}, r, c), not {tuple(local_features.shape)}"
+            )
         batch_size = len(local_features)
         prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
         if len(prompts) != batch_size:
@@ -296,6 +306,12 @@ class PercoPipeline(DiffusionPipeline):
         height = covered[0] if height is None else height
         width = covered[1] if width is None else width
         shape = (batch_size, self.unet.config.in_channels, *self.latent_size(height, width))
+        factor = int(self.hyper_enc.downsampling_factor)
+        if tuple(side * factor for side in local_features.shape[-2:]) != shape[-2:]:
+            raise ValueError(
+                f"{width}x{height} pixels have {shape[-2] // factor} x {shape[-1] // factor} local features, "
+                f"not {' x '.join(map(str, local_features.shape[-2:]))}"
+            )
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
 

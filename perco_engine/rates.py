@@ -80,6 +80,7 @@ def nearest(points: Sequence[RatePoint], bpp: float | None = None) -> int:
         bpp = DEFAULT_BPP
     if not is_number(bpp) or bpp <= 0:
         raise ValueError(f"bpp must be a positive number of bits a pixel, not {bpp!r:.80}")
+    bpp = min(bpp, points[-1].bpp)  # from so many bits, all distances would be rounded to the same
     return min(range(len(points)), key=lambda k: abs(points[k].bpp - bpp))
 
 

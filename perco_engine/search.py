@@ -42,6 +42,9 @@ USUAL_STEPS, LOWEST_STEPS, USUAL_PIXELS = 4, 8, 2**20
 Larger pictures have fewer, so that none takes longer.
 """
 
+LEAST_SIDE = 32
+"""Pixels a side that the features need: smaller pictures are enlarged for them."""
+
 REACH = 0.675
 """How far a typical shift may go in all steps, in standard deviations of its codebook: farther, colours go astray."""
 
@@ -67,12 +70,12 @@ TILE, MARGIN = 96, 8
 def usual_steps(pipeline: PercoPipeline, level: int, width: int, height: int) -> int:
     """How many steps to take where nobody says: none where one takes long, or for a model without a ladder.
 
-    At the lowest rate four steps bring little, and eight the right colours.
+    At the lowest rate four steps bring little, and eight the right colours.  Narrow pictures count as enlarged.
     """
     if not isinstance(pipeline.hyper_enc, HyperLadder):
         return 0
     steps = USUAL_STEPS if level > 0 else LOWEST_STEPS
-    return min(steps, steps * USUAL_PIXELS // (width * height))
+    return min(steps, steps * USUAL_PIXELS // (max(width, LEAST_SIDE) * max(height, LEAST_SIDE)))
 
 
 def search(
@@ -194,9 +197,9 @@ def _hues(picture: Tensor) -> Tensor:
 
 
 def _enlarged(picture: Tensor) -> Tensor:
-    """Pictures of at least 32x32 pixels, which the features need, their last row and column repeated."""
+    """Pictures of at least LEAST_SIDE pixels a side, their last row and column repeated."""
     height, width = picture.shape[-2:]
-    return F.pad(picture, (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate")
+    return F.pad(picture, (0, max(0, LEAST_SIDE - width), 0, max(0, LEAST_SIDE - height)), mode="replicate")
 
 
 def _cells(side: slice, halvings: int, origin: int = 0) -> slice:

@@ -7,7 +7,7 @@ OSError that says what to do, and a wrong value of a save parameter is a ValueEr
 
 import functools
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from PIL import ExifTags, Image, ImageFile
@@ -17,7 +17,7 @@ from perco_engine.bitstream.header import MAGIC
 from perco_engine.codes import EXIF_PREFIX, MIME_TYPE, Metadata, is_of_other_pixels
 from perco_engine.errors import InvalidModel, NotAPercoFile, PercoError, PreviewUnavailable, full_text
 from perco_engine.files import read_perco
-from perco_engine.options import check_guidance_scale, check_seed, whole_number
+from perco_engine.options import check_guidance_scale, check_metadata, check_seed, whole_number
 
 REDUCTIONS = (8, 4, 2)
 
@@ -185,29 +185,26 @@ def encode(image: Image.Image, options: dict[str, Any]) -> bytes:
         "icc_profile": options.get("icc_profile") or b"",
         "xmp": xmp.encode() if isinstance(xmp, str) else xmp,
     }
-    for name, block in blocks.items():
-        if not isinstance(block, bytes):
-            raise ValueError(f"{name} must be bytes, not {type(block).__name__}")
-    for name, kinds in (("caption", str), ("alpha", bool)):
-        value = options.get(name)
-        if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{name} must be of type {kinds.__name__}, not {value!r}")
-    profile = blocks["icc_profile"]
+    metadata = check_metadata(Metadata(**blocks))
+    caption = options.get("caption")
+    if not isinstance(caption, str | None):
+        raise ValueError(f"caption must be of type str, not {caption!r}")
+    profile = metadata.icc_profile
     if is_of_other_pixels(profile):  # of what was grey, say, and is stored as RGB
-        image, blocks["icc_profile"] = pixels.to_srgb(image, profile), b""
+        image, metadata = pixels.to_srgb(image, profile), replace(metadata, icc_profile=b"")
     try:
         engine = get_engine(options.get("model") or "embedded", options.get("device"))
         return engine.encode(
             image,
             bpp=options.get("bpp"),
             max_bytes=options.get("max_bytes"),
-            caption=options.get("caption"),
+            caption=caption,
             captioner=options.get("captioner"),
             seed=options.get("seed"),
             effort=options.get("effort"),
             best_of=1 if options.get("best_of") is None else options["best_of"],
-            alpha=options.get("alpha") is not False,
-            metadata=Metadata(**blocks),
+            alpha=True if options.get("alpha") is None else options["alpha"],
+            metadata=metadata,
         )
     except ValueError:
         raise

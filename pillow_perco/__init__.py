@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from perco_engine import __version__
-from perco_engine.files import write_beside
+from perco_engine.files import place, write_beside
+from perco_engine.options import check_picture
 
 from .PercoImagePlugin import OpenerOptions, encode, register
 
@@ -37,7 +38,9 @@ def save(image: Image.Image, path: str | bytes | os.PathLike[str], **options: An
     The picture is encoded first, written beside `path` (or beside what that links to), and renamed onto it.
     options: those of `perco_engine.Engine.encode_batch` (bpp, max_bytes, caption, effort, ...), but exif, icc_profile
     and xmp (bytes) in place of metadata; and model and device, as `perco_engine.get_engine` takes them.
-    Raises what `image.save` would raise.
+    Raises what `image.save` would raise, OSError for the path before the picture is encoded, and TypeError for what is
+    no picture or no path.
     """
-    image.load()
+    place(path)
+    check_picture(image).load()
     write_beside(path, encode(image, options))

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from perco_engine import get_engine, lite0, weights
+from perco_engine import get_engine, lite0, rates, weights
 from perco_engine.bitstream.header import checksum
+from perco_engine.codes import Metadata
 from perco_engine.devices import BUILDING, WeightsCache, best_device, best_dtype, budget_bytes, usable_device
 from perco_engine.engine import Engine, _reduction
 from perco_engine.errors import (
@@ -150,6 +151,41 @@ def test_wrong_decode_options_are_value_errors(options: dict[str, float], says: 
         engine.decode(engine.encode(photo), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"alpha": "no"}, "alpha must be of type bool"), ({"alpha": 0}, "alpha must be of type bool"),
+        ({"metadata": {"exif": b""}}, "metadata must be of type Metadata"),
+        ({"metadata": b"x"}, "metadata must be of type Metadata"),
+        ({"metadata": Metadata(xmp="x")}, "xmp must be bytes"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_wrong_encode_options_are_told_before_the_networks_run(
+    options: dict[str, Any], says: str, photo: Image.Image, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = get_engine(tiny_model)
+    monkeypatch.setattr(engine, "indices", None)
+    with pytest.raises(ValueError, match=says):
+        engine.encode(photo, **options)
+
+
+def test_what_is_no_picture_or_no_bytes_is_a_type_error(photo: Image.Image, tiny_model: Path) -> None:
+    engine = get_engine(tiny_model)
+    with pytest.raises(TypeError, match=r"one of Pillow's \(Image\.fromarray makes them\), not ndarray"):
+        engine.encode(np.asarray(photo))  # type: ignore[arg-type]
+    data = engine.encode(photo)
+    expected = engine.decode(data).tobytes()
+    for same in (bytearray(data), memoryview(data)):
+        assert engine.decode(same).tobytes() == expected  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bytes-like object is required, not 'str'"):
+        engine.decode("x.perco")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bpp", [1.0, 1e16, 1e300, 10**30])
+def test_more_bits_than_there_are_is_the_highest_rate(bpp: float) -> None:
+    assert rates.nearest(rates.EMBEDDED, bpp) == 5
+
+
 def test_nothing_fits_is_a_value_error_of_its_own(photo: Image.Image) -> None:
     with pytest.raises(BudgetTooSmall):
         get_engine().encode(photo, max_bytes=5)
@@ -172,6 +208,19 @@ def test_a_coarser_mask_brings_the_levels_back(photo: Image.Image) -> None:
     lowest = engine.encode(image, bpp=0.002)
     codes = engine.codes(engine.encode(image, max_bytes=len(lowest) - 1))
     assert codes.alpha is not None and codes.alpha.log2_scale == 4 and codes.rate_point == 1
+
+
+def test_a_larger_budget_gives_no_lower_rate_and_no_coarser_mask(photo: Image.Image, tiny_model: Path) -> None:
+    engine, image = get_engine(tiny_model), photo.copy()
+    image.putalpha(Image.radial_gradient("L").resize(photo.size))
+    found = []
+    for budget in range(44, 400, 8):
+        codes = engine.codes(engine.encode(image, max_bytes=budget, effort=0))
+        assert codes.alpha is not None
+        found.append((codes.rate_point, -codes.alpha.log2_scale))
+    assert found == sorted(found)
+    assert found[0] == (0, -6) and found[-1] == (2, -3) and (1, -3) in found
+    assert (1, -6) not in found  # too coarse for one more level
 
 
 def test_engines_are_loaded_once_even_from_several_threads(tiny_model: Path) -> None:

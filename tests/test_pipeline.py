@@ -241,12 +241,18 @@ def test_calls_that_do_not_fit(published: PercoPipeline, textless: PercoPipeline
         ({"generator": [generator(0)]}, "1 generators for 2"),
         ({"latents": torch.zeros(2, 4, 5, 4), "height": 32, "width": 32}, "latents"),
         ({"height": 0, "width": 32}, "1x1"),
+        ({"height": 33, "width": 32}, "32x33 pixels have 2 x 1 local features, not 1 x 1"),
+        ({"local_features": torch.zeros(2, 5, 1, 1)}, r"shape \(b, 320, r, c\), not \(2, 5, 1, 1\)"),
+        ({"local_features": torch.zeros(320, 1, 1)}, r"shape \(b, 320, r, c\), not \(320, 1, 1\)"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             published(**{"local_features": features, "num_inference_steps": 1, **options})
     with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
         published.encode_image(torch.zeros(3, 8, 8))
+    for level in (-1, 2, 1.0):
+        with pytest.raises(ValueError, match="level must be an integer from 0 to 1"):
+            textless.encode_image(picture(8, 8), level)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="3 grids"):
         textless.local_features([torch.zeros(1, 1, 1, dtype=torch.int64)] * 3, 8, 8)
     with pytest.raises(ValueError, match="shape"):

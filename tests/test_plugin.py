@@ -241,6 +241,9 @@ def test_wrong_values_are_value_errors(options: dict[str, object], says: str, ph
 def test_numbers_of_numpy_are_numbers(photo: Image.Image) -> None:
     plain = saved(photo, bpp=0.008, max_bytes=900, seed=7)
     assert saved(photo, bpp=np.float32(0.008), max_bytes=np.int64(900), seed=np.uint32(7)) == plain
+    image = photo.copy()
+    image.putalpha(100)
+    assert saved(image, bpp=0.008, max_bytes=900, seed=7, alpha=np.False_) == plain
 
 
 def test_an_unknown_model_says_what_to_do(photo: Image.Image) -> None:
@@ -454,6 +457,22 @@ def test_a_save_that_fails_leaves_nothing_and_destroys_nothing(photo: Image.Imag
     assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
     pillow_perco.save(photo, path)
     assert opened_size(path) == photo.size and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_picture_is_encoded(
+    photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pillow_perco, "encode", lambda *_: pytest.fail("encoded"))
+    (tmp_path / "file").touch()
+    places: list[tuple[Any, type[Exception]]] = [
+        (tmp_path / "no" / "x.perco", FileNotFoundError), (tmp_path, IsADirectoryError), (io.BytesIO(), TypeError),
+        (tmp_path / "file" / "x.perco", NotADirectoryError), (None, TypeError),
+    ]  # fmt: skip
+    for place, kind in places:
+        with pytest.raises(kind):
+            pillow_perco.save(photo, place)
+    with pytest.raises(TypeError, match="not ndarray"):
+        pillow_perco.save(np.asarray(photo), tmp_path / "x.perco")  # type: ignore[arg-type]
 
 
 def test_a_decompression_bomb_is_refused_at_open(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:

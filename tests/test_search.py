@@ -92,6 +92,7 @@ def test_larger_pictures_are_searched_for_no_longer(monkeypatch: pytest.MonkeyPa
     heights = (16, 1024, 1025, 1365, 1366, 2048, 4096, 4097, 8192, 8193)
     assert [search.usual_steps(pipeline, 1, 1024, height) for height in heights] == [4, 4, 3, 3, 2, 2, 1, 0, 0, 0]
     assert [search.usual_steps(pipeline, 0, 1024, height) for height in heights] == [8, 8, 7, 6, 5, 4, 2, 1, 1, 0]
+    assert [search.usual_steps(pipeline, 1, *size) for size in ((65535, 1), (1, 65535), (65535, 40))] == [2, 2, 1]
 
 
 def test_unless_told_otherwise_models_without_a_ladder_are_not_searched(
