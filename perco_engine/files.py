@@ -104,13 +104,16 @@ def make_place(path: Path) -> None:
 
     Raises OSError where that is known to fail: the folder, or what is there, is write-protected, or a name too long.
     """
-    asked, folder = path, path.resolve().parent
+    asked = path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _, there = place(path)
+        try:
+            _, there = place(path)
+        except FileNotFoundError:
+            path.resolve().parent.mkdir(parents=True, exist_ok=True)
+            _, there = place(path)
         if there is None or stat.S_ISREG(there):  # and no device, which is not replaced
-            asked = folder
-            if not _may_write(folder):
+            asked = path.resolve().parent
+            if not _may_write(asked):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(f"{printable(asked)} cannot be written to: {error.strerror}") from error
