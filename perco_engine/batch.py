@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,9 @@ from PIL import Image
 from . import files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
 from .bitstream import read_header
+from .bitstream.chunks import MAX_CAPTION_BYTES
 from .conversion import Task
-from .errors import PercoError, full_text
+from .errors import NotEnoughMemory, PercoError, full_text
 from .printable import printable
 
 READERS = WRITERS = 2
@@ -40,11 +42,12 @@ STOP_SECONDS = 0.5
 class Result:
     """What became of a task.
 
-    size_bytes: of what was written.  width_px, height_px: of the picture.  error: why there is none.
+    size_bytes: of what was written.  width_px, height_px: of the picture.  error: why there is none, or
+        why the source was not removed.
     """
 
     task: Task
-    status: Literal["written", "failed"]
+    status: Literal["written", "skipped", "failed"]
     size_bytes: int = 0
     width_px: int = 0
     height_px: int = 0
@@ -57,6 +60,13 @@ class Thumbnailed:
 
     path: Path
     error: str = ""
+
+
+class _IsThere(FileExistsError):
+    """Something is in a target's place that the settings do not allow to replace."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__(f"{printable(target)} is there already: --overwrite replaces it")
 
 
 class _Budget:
@@ -81,7 +91,9 @@ class _Budget:
             self._changed.notify_all()
 
 
-def convert(tasks: Iterable[Task], settings: Settings) -> Generator[Result | Thumbnailed, None, None]:
+def convert(
+    tasks: Iterable[Task], settings: Settings, late: Callable[[Result | Thumbnailed], None] = lambda _: None
+) -> Generator[Result | Thumbnailed, None, None]:
     """Converts files and tells what became of each, in the order in which they are done.
 
     A task that fails, for whatever reason, does not keep the others from being done.  Every target is written beside
@@ -89,14 +101,19 @@ def convert(tasks: Iterable[Task], settings: Settings) -> Generator[Result | Thu
     never where it was made of another source just before: some file systems do not tell A.perco from a.perco.
 
     `tasks` is read by another thread, as far ahead as there is room; it may wait for files to come.
-    Closing the iterator, or an interrupt while it waits, breaks the work off: no target is left half-written.
+    Closing the iterator, or an interrupt while it waits, breaks the work off: no target is left half-written, and
+    `late` gets what was done until then and not yet given out.
     Raises ModelUnavailable, InvalidModel, NotEnoughMemory where the model for encoding cannot be loaded.
     """
     work = _Work(tasks, settings)
     try:
         yield from work.results()
     finally:
-        work.stop()
+        try:
+            work.stop()
+        finally:
+            for done in work.rest():
+                late(done)
 
 
 class _Work:
@@ -106,7 +123,7 @@ class _Work:
         self._tasks, self._settings = iter(tasks), settings
         self._next_task = threading.Lock()
         self._budget = _Budget(PIXELS_IN_FLIGHT)
-        self._stopping = threading.Event()
+        self._stopping, self._given_up = threading.Event(), threading.Event()
         self._networks = Networks(settings)
         self._for_networks: queue.SimpleQueue[Item | Path | None] = queue.SimpleQueue()
         self._for_writers: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
@@ -117,10 +134,12 @@ class _Work:
 
     def results(self) -> Iterator[Result | Thumbnailed]:
         """Starts the threads and gives what they have done, until all is."""
-        for thread in [*self._writers, self._thread(self._run_networks)]:
-            thread.start()
-        for _ in range(READERS):
-            self._thread(self._read_all).start()
+        readers = [self._thread(self._read_all) for _ in range(READERS)]
+        try:
+            for thread in [*self._writers, self._thread(self._run_networks), *readers]:
+                thread.start()
+        except RuntimeError as error:
+            raise NotEnoughMemory("threads cannot be started: raise the limit on processes or memory") from error
         while (done := self._done.get()) is not None:
             if isinstance(done, BaseException):
                 raise done
@@ -139,10 +158,20 @@ class _Work:
         deadline = time.monotonic() + STOP_SECONDS
         try:
             for writer in self._writers:
-                writer.join(max(0, deadline - time.monotonic()))
+                if writer.is_alive():  # it may never have been started
+                    writer.join(max(0, deadline - time.monotonic()))
         finally:  # a second interrupt included
             if any(writer.is_alive() for writer in self._writers):
+                self._given_up.set()
                 files.discard_unfinished()
+
+    def rest(self) -> Iterator[Result | Thumbnailed]:
+        """What was done and `results` has not given."""
+        with suppress(queue.Empty):
+            while True:
+                done = self._done.get_nowait()
+                if isinstance(done, Result | Thumbnailed):
+                    yield done
 
     def _thread(self, act: Callable[[], None]) -> threading.Thread:
         """A thread for `act`; what it raises, which is never the fault of one file, ends the conversion."""
@@ -157,6 +186,11 @@ class _Work:
 
     def _fail(self, task: Task, pixels: int, error: Exception) -> None:
         self._budget.give_back(pixels)
+        if self._given_up.is_set():  # it did not fail: it was taken back
+            return
+        if isinstance(error, _IsThere) and self._settings.skip_existing:
+            self._done.put(Result(task, "skipped"))
+            return
         # Pillow's plugins raise errors of many kinds for bad files, some with texts that say nothing without the kind.
         plain = isinstance(error, OSError | ValueError | PercoError) or not str(error)
         text = full_text(error) if plain else f"{type(error).__name__}: {error}"
@@ -178,6 +212,7 @@ class _Work:
             try:
                 if task.problem:
                     raise ValueError(task.problem)
+                self._check_place(task)
                 item = _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, take)
             except Exception as error:
                 self._fail(task, taken, error)
@@ -265,26 +300,29 @@ class _Work:
             item.data, item.size, item.image = picture_files.picture_bytes(picture, kind, kept), picture.size, None
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._writing:
+            if self._given_up.is_set():
+                raise InterruptedError
             self._check_place(item.task)
-            files.write_beside(target, item.data)
+            try:
+                files.write_beside(target, item.data, new=not self._settings.overwrite)
+            except FileExistsError as error:  # since the look just before
+                raise _IsThere(target) from error
             self._made[_file_number(target)] = item.task
         if self._settings.delete_source:
             _check_written(item, self._networks)
-            item.task.source.unlink()
+            _remove_source(item)
         return len(item.data)
 
     def _check_place(self, task: Task) -> None:
         """Raises FileExistsError where something is in a target's place that must not be replaced."""
         if not os.path.lexists(task.target):
             return
-        if not self._settings.overwrite:
-            raise FileExistsError(f"{printable(task.target)} is there already: --overwrite replaces it")
-        if not task.target.exists():  # a link to what is not there yet
-            return
-        other = self._made.get(_file_number(task.target))
+        other = self._made.get(_file_number(task.target)) if task.target.exists() else None
         # that it is there still: the number of a file that is gone is given to others
         if other and other.target != task.target and other.target.exists() and other.target.samefile(task.target):
             raise FileExistsError(f"it would become the same file as {printable(other.source)}: rename one of them")
+        if not self._settings.overwrite:
+            raise _IsThere(task.target)
 
 
 def _file_number(path: Path) -> tuple[int, int]:
@@ -309,9 +347,18 @@ def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> 
         photo = picture_files.read_photo(opened, settings.keep_metadata)
     caption = settings.caption
     if caption is None and settings.sidecars:
-        caption = picture_files.sidecar_caption(task.source)
+        caption = _sidecar_caption(task.source)
     size = photo.image.size
     return Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
+
+
+def _sidecar_caption(photo: Path) -> str | None:
+    """The text beside a photo, if any.  Raises OSError, and ValueError for what no caption can be."""
+    text = picture_files.sidecar_caption(photo)
+    if text and len(text.encode()) > MAX_CAPTION_BYTES:
+        named = printable(picture_files.sidecar(photo))
+        raise ValueError(f"{named} has more than {MAX_CAPTION_BYTES} bytes: shorten this caption, or say --no-sidecars")
+    return text
 
 
 def _read_perco(task: Task, take: Callable[[int], None]) -> Item:
@@ -333,17 +380,33 @@ def _state(path: Path) -> os.stat_result:
 
 
 def _check_written(item: Item, networks: Networks) -> None:
-    """Reads the target back from the disk.  Raises OSError, BitstreamError unless it may take the source's place."""
-    written = item.task.target.read_bytes()
+    """Reads the target back from the disk.  Raises OSError unless it may take the source's place."""
+    size = item.size
+    try:
+        written = item.task.target.read_bytes()
+        if written == item.data and item.task.encodes:
+            networks.check(written)
+        elif written == item.data:
+            with Image.open(io.BytesIO(written)) as picture:
+                picture.load()
+                size = picture.size
+    except Exception as error:  # of many kinds, see `_fail`
+        raise OSError("written, but could not be read back: the source was kept") from error
     if written != item.data:
         raise OSError("what was written reads differently: the source was kept")
-    if item.task.encodes:
-        networks.check(written)
-    else:
-        with Image.open(io.BytesIO(written)) as picture:
-            picture.load()
-            if picture.size != item.size:
-                raise OSError(f"the written picture has {picture.width}x{picture.height} pixels: the source was kept")
-    now = _state(item.task.source)
-    if (now.st_size, now.st_mtime_ns) != (item.state.st_size, item.state.st_mtime_ns):
-        raise OSError("the source was changed meanwhile, and was kept")
+    if size != item.size:
+        raise OSError(f"the written picture has {size[0]}x{size[1]} pixels: the source was kept")
+
+
+def _remove_source(item: Item) -> None:
+    """Raises OSError where the source is gone already, was changed since it was read, or cannot be removed."""
+    try:
+        now = _state(item.task.source)
+        if (now.st_size, now.st_mtime_ns) == (item.state.st_size, item.state.st_mtime_ns):
+            item.task.source.unlink()
+            return
+    except FileNotFoundError as error:
+        raise FileNotFoundError("written; the source is gone") from error
+    except OSError as error:
+        raise OSError(f"written; the source could not be removed ({error.strerror or error})") from error
+    raise OSError("written; the source was changed meanwhile, and was kept")

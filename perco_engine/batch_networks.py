@@ -39,7 +39,8 @@ class Settings:
     caption: of every picture; None: the text of a .txt file beside the photo, if `sidecars`.
     steps, guidance_scale: of decoding.  seed: of both.
     keep_metadata: EXIF and XMP travel along.
-    overwrite: replace files that are there; else a task fails whose target is there when it is to be written.
+    overwrite: replace files that are there; else a task fails whose target is there when it is to be written, or,
+        with skip_existing, is skipped.
     delete_source: remove a source when the written file was read back and found good.
     thumbnails: of written .perco files, into the desktop's cache, when nothing else is to do; None: if the model
         decodes in one step.
@@ -57,6 +58,7 @@ class Settings:
     seed: int | None = None
     keep_metadata: bool = False
     overwrite: bool = False
+    skip_existing: bool = False
     delete_source: bool = False
     thumbnails: bool | None = None
 

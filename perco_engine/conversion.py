@@ -3,11 +3,12 @@
 sources (files, globs, folders) -> Source(path, place in the tree) -> Task(source, target)
 """
 
+import errno
 import functools
 import glob
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import picture_files
@@ -90,7 +91,8 @@ def plan(request: Request) -> list[Task]:
     """The files to convert, in the order of their sources, each with the file to write.
 
     Raises ConversionError where nothing is to convert, where two sources would become one file, or where a file that
-    is to be converted would be written over.  Whether targets exist is not looked at, see `existing`.
+    is to be converted would be written over.  Whether targets exist is not told, see `existing`; where one could not
+    be made, that is its task's problem.
     """
     suffix = request.suffix()
     single = _single_target(request, suffix)
@@ -114,7 +116,8 @@ def plan(request: Request) -> list[Task]:
     if not tasks:
         raise ConversionError(f"nothing to convert to {suffix} in {some(request.sources)}")
     _check(tasks)
-    return tasks
+    nearest = functools.cache(_nearest_folder)
+    return [replace(task, problem=task.problem or _target_problem(task.target, nearest)) for task in tasks]
 
 
 def target(source: Source, request: Request, suffix: str) -> Path:
@@ -311,6 +314,29 @@ def _check(tasks: Sequence[Task]) -> None:
             f"these would become one file: {'; '.join(clashes[:MOST_TOLD])}{more}. Rename one of them, or convert "
             f"them to different folders"
         )
+
+
+def _nearest_folder(folder: Path) -> tuple[Path, str]:
+    """What is there of a folder and those above it, the nearest; and why nothing can be made in it, or ""."""
+    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
+    if not _is_folder(there):
+        return there, f"{printable(there)} is no folder"
+    effective = os.access in os.supports_effective_ids
+    writable = os.access(there, os.W_OK | os.X_OK, effective_ids=effective)
+    return there, "" if writable else f"nothing can be written in the folder {printable(there)}"
+
+
+def _target_problem(target: Path, nearest: Callable[[Path], tuple[Path, str]]) -> str:
+    """Why a file that is not there yet cannot be made, as far as its name and the folders above it tell, or ""."""
+    if os.path.lexists(target):
+        return ""
+    folder, problem = nearest(target.parent)
+    try:
+        (folder / target.name).lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{printable(target.name)}: {error.strerror}"
+    return problem
 
 
 def _identity(path: Path) -> str:

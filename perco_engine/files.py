@@ -57,7 +57,12 @@ def place(path: str | bytes | os.PathLike[str]) -> tuple[Path, int | None]:
 
 
 def write_beside(
-    path: str | bytes | os.PathLike[str], data: bytes, *, mode: int | None = None, sync: bool = True
+    path: str | bytes | os.PathLike[str],
+    data: bytes,
+    *,
+    mode: int | None = None,
+    sync: bool = True,
+    new: bool = False,
 ) -> None:
     """Writes a file whole or not at all: beside its place first, then renamed.
 
@@ -65,16 +70,17 @@ def write_beside(
     (a device, a pipe) is not replaced, but written to.  What is write-protected stays as it is.
     mode: the permissions of the file; None: those that it had, or what the umask leaves of 0666.
     sync: wait until the data are on the disk, so that not even a power cut leaves less than the whole file.
+    new: whatever is in its place stays, even if it comes at the last moment: that raises FileExistsError.
 
     Raises OSError.
     """
-    named, there = place(path)
+    named, there = (Path(os.fsdecode(path)), None) if new else place(path)
     if there is not None:
         if not stat.S_ISREG(there):
             named.write_bytes(data)
             return
         mode = stat.S_IMODE(there) if mode is None else mode
-    target = named.resolve()
+    target = named if new else named.resolve()
     # Not the target's own name with something added: that might be longer than a name can be.
     beside = target.parent / f".perco-{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -91,12 +97,32 @@ def write_beside(
                 os.fsync(file.fileno())
         if mode is not None:
             beside.chmod(mode)
-        beside.replace(target)
+        if new:
+            _publish(beside, target)
+        else:
+            beside.replace(target)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     finally:
         _unfinished.discard(beside)
+
+
+def _publish(beside: Path, target: Path) -> None:
+    """Renames a file, as `beside.replace` does, unless something has the name: that raises FileExistsError."""
+    try:
+        target.hardlink_to(beside)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # a file system without hard links: an empty file keeps the place for a moment
+        target.touch(exist_ok=False)
+        try:
+            beside.replace(target)
+        except BaseException:
+            target.unlink()
+            raise
+    else:
+        beside.unlink(missing_ok=True)
 
 
 def make_place(path: Path) -> None:

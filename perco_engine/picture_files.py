@@ -14,6 +14,9 @@ from .codes import EXIF_PREFIX, Metadata, is_of_other_pixels
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow names and, without other programs, does not read: a folder is not searched for them."""
 
+READ_AS_OTHERS = {"MPO"}
+"""Formats whose files Pillow opens as those of another: MPO's begin as a JPEG file."""
+
 NOT_WRITTEN = {"ICNS", "PERCO"}
 """Formats that Pillow writes, and decoded pictures are not: an ICNS file holds squares of some sizes alone."""
 
@@ -40,8 +43,8 @@ QUALITY = {"JPEG": 92, "WEBP": 92, "AVIF": 85}
 def readable_suffixes() -> set[str]:
     """The suffixes, in lower case with their dots, of files that may be photos; .perco is not one of them."""
     Image.init()
-    kinds = Image.registered_extensions()
-    return {suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in NO_PHOTOS} - {".perco"}
+    kinds = (set(Image.OPEN) | READ_AS_OTHERS) - NO_PHOTOS
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds} - {".perco"}
 
 
 def writable_kind(suffix: str) -> str | None:

@@ -29,13 +29,16 @@ REMOTE = ("9p", "ceph", "cifs", "fuse", "nfs", "smb")
 """Kinds of file systems, by how their names begin, whose leases say nothing of writers."""
 
 State = tuple[int, int, int]
+GONE = (0, 0, 0)
+"""The state of a folder that is not there, once that was told."""
 
 
 def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
     """Tasks for the files of one folder: those that are there and not yet converted, and then every one that comes.
 
     A file is handed out when it has been the same for some seconds and no process has it open for writing, and again
-    when it was changed.  Files that were converted before the watch began are left alone.
+    when it was changed.  Files that were converted before the watch began are left alone, and so are those of a folder
+    that cannot be read for a while, which is told.
     existing: "overwrite" or "skip" targets that are there already; None: the task says that as its problem.  It does
         so always where the target is made of another file.
     Never ends.  Raises ConversionError, at the first task, for a suffix that pictures cannot be written with, and for
@@ -43,18 +46,24 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
     """
     suffix = request.suffix() or PERCO
     check_folder(request)
+    folder = Path(request.sources[0])
     changing: dict[Path, tuple[State, float]] = {}
     handed_out: dict[Path, State] = {}
     made_of: dict[Path, Path] = {}
     first, overwrite = True, existing == "overwrite"
     while True:
         start = time.monotonic()
-        found = [one for one in find(request) if one.problem or is_perco(one.path) != (suffix == PERCO)]
+        found = [one for one in _look(folder, request) if one.problem or is_perco(one.path) != (suffix == PERCO)]
+        unread = {one.path for one in found if one.problem}
         for gone in handed_out.keys() - {one.path for one in found}:
-            del handed_out[gone]
+            if unread.isdisjoint(gone.parents):  # else it may be there still
+                del handed_out[gone]
         for one in found:
             target = target_of(one, request, suffix)
             state = _state(one.path)
+            if state is None and one.path == folder and one.path not in handed_out:
+                handed_out[one.path] = GONE
+                yield Task(one.path, target, one.problem)
             if state is None or handed_out.get(one.path) == state:
                 continue
             if first and _is_there(target) and not overwrite:
@@ -68,6 +77,14 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
                 start = time.monotonic()  # who took the task may have waited for room
         first = False
         time.sleep(min(max(POLL_SECONDS, REST * (time.monotonic() - start)), MOST_REST_SECONDS))
+
+
+def _look(folder: Path, request: Request) -> list[Source]:
+    """The files of the folder, as `find` has them; where the folder is gone, itself with that as its problem."""
+    found = list(find(request)) if _is_folder(folder) else []
+    if _is_folder(folder):  # still: from a drive that goes meanwhile files are missing
+        return found
+    return [Source(folder, Path(folder.name or "folder"), True, "this folder cannot be read: it is not there")]
 
 
 def _is_settled(one: Source, state: State, changing: dict[Path, tuple[State, float]]) -> bool:
@@ -95,6 +112,11 @@ def _problem(target: Path, owner: Path, source: Path, overwrite: bool) -> str:
 def _is_there(path: Path) -> bool:
     """Whether there is such a file; no error where the name is longer than one can be, as Path.exists has it."""
     return os.path.exists(path)  # noqa: PTH110
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is such a folder; no error where a drive fails, as Path.is_dir has it."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def _state(path: Path) -> State | None:

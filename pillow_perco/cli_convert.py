@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import click
 
 from perco_engine import conversion
-from perco_engine.conversion import Request, Task
+from perco_engine.conversion import PERCO, Request, Task
 from perco_engine.errors import ConversionError, PercoError, full_text
+from perco_engine.picture_files import readable_suffixes
 from perco_engine.printable import printable, some
 from perco_engine.terminal import is_terminal
 
@@ -100,16 +101,24 @@ def convert(
     try:
         if watch is None:
             tasks, skipped = _planned(request, existing)
-            encodes = any(task.encodes for task in (*tasks, *skipped))
+            suffixes = {task.target.suffix.lower() for task in (*tasks, *skipped)}
         else:
             conversion.check_folder(request)
-            encodes = (request.suffix() or conversion.PERCO) == conversion.PERCO
+            suffixes = {request.suffix() or PERCO}
     except ConversionError as error:
         raise click.UsageError(str(error)) from error
+    encodes, unread = PERCO in suffixes, suffixes - readable_suffixes() - {PERCO}
+    if settings["delete_source"] and unread:
+        raise click.UsageError(f"--delete-source reads files back first, which {some(sorted(unread))} cannot be")
     for name, option in (DECODING if encodes else ENCODING).items():
         if settings[name] is not None:
             raise click.UsageError(f"{option} is of the other direction: {'to' if encodes else 'from'} .perco it is")
-    report = _Report(as_json, quiet, total=None if watch is not None else len(tasks))
+    from perco_engine.weights import find
+
+    find(settings["model"])  # before anything is promised or waited for
+    report = _Report(
+        as_json, quiet, total=None if watch is not None else len(tasks), removing=settings["delete_source"]
+    )
     if watch is None:
         for task in skipped:
             report.tell(task, "skipped")
@@ -121,22 +130,28 @@ def convert(
         if report.failures:
             raise click.exceptions.Exit(EXIT_FAILED)
         return
-    from perco_engine.batch import Result
+    from perco_engine.batch import Result, Thumbnailed
     from perco_engine.batch import convert as converted
     from perco_engine.batch_networks import Settings
     from perco_engine.watch import watch as watched
-    from perco_engine.weights import find
 
-    find(settings["model"])  # before anything is waited for
+    def tell(done: Result | Thumbnailed) -> None:
+        if isinstance(done, Result):
+            report.tell(done.task, done.status, done.size_bytes, (done.width_px, done.height_px), done.error)
+            report.advance(done.task)
+        else:
+            report.thumbnailed(done.path)
+
+    def tell_late(done: Result | Thumbnailed) -> None:
+        with suppress(BrokenPipeError):  # the same Ctrl-C has ended whoever reads this
+            tell(done)
+
     work = tasks if watch is None else watched(request, existing)
-    results = converted(work, Settings(sidecars=not no_sidecars, overwrite=overwrite, **settings))
+    asked = Settings(sidecars=not no_sidecars, overwrite=overwrite, skip_existing=skip_existing, **settings)
+    results = converted(work, asked, tell_late)
     with _stoppable(report), report.progress, closing(results):
         for done in results:
-            if isinstance(done, Result):
-                size = done.width_px, done.height_px
-                report.tell(done.task, done.status, done.size_bytes, size, done.error)
-            else:
-                report.thumbnailed(done.path)
+            tell(done)
     report.end()
     if report.failures:
         raise click.exceptions.Exit(EXIT_FAILED)
@@ -162,6 +177,7 @@ class _Report:
     as_json: bool
     quiet: bool
     total: int | None
+    removing: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     size_bytes: int = 0
@@ -188,17 +204,23 @@ class _Report:
                 self._bar.tell(self.failures[-1])
             elif self.total is None and not self.as_json:
                 click.echo(self.failures[-1], err=True)
-        if self._bar is not None and status != "skipped":
-            self._bar.advance(printable(task.source))
         if self.as_json:
             line: dict[str, str | int] = {"source": str(task.source), "target": str(task.target), "status": status}
             if status == "written":
                 line |= {"bytes": size_bytes, "width": size_px[0], "height": size_px[1]}
+            if status == "planned" and self.removing:
+                line["source_removed"] = True
             click.echo(json.dumps(line | ({"error": error} if error else {})))
         elif status == "planned" and not self.quiet:
-            click.echo(f"{printable(task.source)} -> {printable(task.target)}")
+            removed = ", and the source is removed" if self.removing else ""
+            click.echo(f"{printable(task.source)} -> {printable(task.target)}{removed}")
         elif self.total is None and status == "written" and not self.quiet and self._bar is None:
             click.echo(f"{printable(task.target)}: {size_bytes} bytes")
+
+    def advance(self, task: Task) -> None:
+        """One more of the files that there were to do is done."""
+        if self._bar is not None:
+            self._bar.advance(printable(task.source))
 
     def thumbnailed(self, path: Path) -> None:
         """A file's thumbnails are in the cache; that they are not is no failure of the conversion."""

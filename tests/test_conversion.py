@@ -1,5 +1,6 @@
 """What a conversion is to do: names, trees, directions, and what is refused before anything is written."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -142,8 +143,30 @@ def test_a_glob_names_what_an_earlier_run_has_made(tree: Path) -> None:
 def test_what_nobody_may_look_at_is_told_with_the_others(tree: Path) -> None:
     Path("in/loop.jpg").symlink_to("loop.jpg")
     tasks = plan(Request(["in/a.jpg", "in/loop.jpg", "in/typo.jpg", f"in/{'x' * 300}.jpg"], "out"))
-    assert [task.problem for task in tasks] == ["", "", "there is no such file", ""]
+    assert [task.problem for task in tasks[:3]] == ["", "", "there is no such file"]
+    assert tasks[3].problem == f"{'x' * 300}.perco: {os.strerror(errno.ENAMETOOLONG)}"
     assert plan(Request(["in/typo.jpg"], "x.perco"))[0].problem == "there is no such file"
+
+
+def test_targets_that_cannot_be_made_are_told_before(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems() -> list[str]:
+        return [task.problem for task in plan(Request(["in"], "out", recursive=True))]
+
+    assert problems() == ["", "", ""]
+    Path("out").mkdir()
+    Path("out/a.perco").touch()
+    Path("out/sub").touch()
+    assert problems() == ["", "", "out/sub is no folder"]
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(os, "supports_effective_ids", {os.access})
+    assert problems() == ["", "nothing can be written in the folder out", "out/sub is no folder"]
+    Path("out/sub").unlink()
+    assert problems()[2] == "nothing can be written in the folder out"
+
+
+def test_mpo_files_are_photos(tree: Path) -> None:
+    Path("in/d.MPO").touch()
+    assert ("in/d.MPO", "out/d.perco") in planned("in")
 
 
 def test_one_file_by_two_names(tree: Path) -> None:

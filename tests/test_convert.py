@@ -26,7 +26,7 @@ from PIL import Image
 from perco_engine import batch, thumbnails, watch
 from perco_engine.batch_networks import Settings
 from perco_engine.conversion import Request, Task
-from perco_engine.errors import ModelUnavailable
+from perco_engine.errors import ModelUnavailable, NotEnoughMemory
 from pillow_perco import cli_convert
 from pillow_perco.cli import main
 
@@ -177,6 +177,12 @@ def test_a_dry_run_does_nothing(photos: Path) -> None:
     result = convert("in/a.jpg", "in/b [#]*", "out", "--dry-run")
     assert result.exit_code == 0 and not Path("out").exists()
     assert result.stdout == "in/a.jpg -> out/a.perco\nin/b #1 100%\\n.png -> out/b #1 100%\\n.perco\n2 planned\n"
+    result = convert("in/a.jpg", "out", "--dry-run", "--delete-source")
+    assert result.stdout == "in/a.jpg -> out/a.perco, and the source is removed\n1 planned\n"
+    (line, _) = convert("in/a.jpg", "out", "--dry-run", "--delete-source", "--json").stdout.splitlines()
+    assert json.loads(line)["source_removed"] is True
+    result = convert("in/a.jpg", "out", "--dry-run", "--model", "none")
+    assert result.exit_code == 1 and "neither a registered model" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -191,10 +197,12 @@ def test_a_dry_run_does_nothing(photos: Path) -> None:
         (("in", ""), "an empty name is neither a file nor a folder"),
         (("in", "out", "--bpp", "nan"), "nan is no rate"),
         (("--watch", "in", "in/a.jpg"), "is no folder"),
+        (("a.perco", "out/", "--to", "pdf", "--delete-source"), "which .pdf cannot be"),
         (("in", "out", "--skip-existing", "--overwrite"), "--skip-existing and --overwrite exclude each other"),
     ],
 )
 def test_requests_that_make_no_sense(arguments: tuple[object, ...], says: str, photos: Path) -> None:
+    Path("a.perco").touch()
     result = convert(*arguments)
     assert result.exit_code == 2 and says in result.stderr and not Path("out").exists()
 
@@ -221,7 +229,8 @@ def test_a_captioner_that_is_not_there_ends_it(photos: Path, monkeypatch: pytest
 
 def test_a_second_interrupt_leaves_no_part_of_a_file(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes while writers are waited for."""
-    photo.save("a.png")
+    for name in ("a.png", "b.png"):
+        photo.save(name)
     writing, go_on = threading.Event(), threading.Event()
 
     def slow(_: int) -> None:
@@ -229,10 +238,13 @@ def test_a_second_interrupt_leaves_no_part_of_a_file(photo: Image.Image, monkeyp
         go_on.wait(60)
 
     monkeypatch.setattr("perco_engine.files.os.fsync", slow)
-    work = batch._Work([Task(Path("a.png"), Path("out/a.perco"))], Settings(thumbnails=False))
-    running = threading.Thread(target=lambda: list(work.results()), daemon=True)
+    tasks = [Task(Path(f"{name}.png"), Path(f"out/{name}.perco")) for name in ("a", "b")]
+    work = batch._Work(tasks, Settings(effort=0, thumbnails=False))
+    told: list[batch.Result | batch.Thumbnailed] = []
+    running = threading.Thread(target=lambda: told.extend(work.results()), daemon=True)
     running.start()
     assert writing.wait(120)
+    time.sleep(0.2)  # for the other file to wait for its turn
     with monkeypatch.context() as patch:
         for writer in work._writers:
             patch.setattr(writer, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -241,16 +253,43 @@ def test_a_second_interrupt_leaves_no_part_of_a_file(photo: Image.Image, monkeyp
     assert names("out") == []
     go_on.set()
     running.join(60)
+    assert names("out") == [] and told == []
 
 
 def test_sources_are_removed_only_when_the_file_was_read_back(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert convert(photos, "out", "--delete-source", "--no-thumbnails").exit_code == 1
     assert names("in") == ["bad.jpg", "cut.png", "sub"]
     write = batch.files.write_beside
-    monkeypatch.setattr(batch.files, "write_beside", lambda path, data: write(path, data[:-1]))
+    monkeypatch.setattr(batch.files, "write_beside", lambda path, data, **options: write(path, data[:-1], **options))
     result = convert("in/sub", "out", "--delete-source", "--no-thumbnails")
     assert result.exit_code == 1 and "the source was kept" in result.stderr
     assert names("in/sub") == ["Käse[x].webp"]
+
+
+def test_a_written_file_is_told_where_its_source_cannot_be_removed(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo.save("a.png")
+
+    def error(name: str) -> str:
+        tasks = [Task(Path("a.png"), Path(name))]
+        (done,) = batch.convert(tasks, Settings(effort=0, thumbnails=False, delete_source=True))
+        assert isinstance(done, batch.Result) and Path(name).exists()
+        return done.error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        # without links: with them, the name that a file was written under is removed
+        patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links")))
+        assert error("b.perco") == "written; the source could not be removed (Permission denied)"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Networks, "check", lambda *_: (_ for _ in ()).throw(RuntimeError("<_io.BytesIO>")))
+        assert error("c.perco") == "written, but could not be read back: the source was kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Networks, "check", lambda *_: os.utime("a.png", (0, 0)))
+        assert error("d.perco") == "written; the source was changed meanwhile, and was kept"
+    monkeypatch.setattr(batch.Networks, "check", lambda *_: Path("a.png").unlink())
+    assert error("e.perco") == "written; the source is gone"
 
 
 def test_one_file_too_small_for_its_limit_does_not_spoil_its_batch(photo: Image.Image) -> None:
@@ -289,6 +328,34 @@ def test_breaking_off_leaves_no_thread_writing(photo: Image.Image) -> None:
     there = names("out")
     time.sleep(0.3)
     assert there == names("out") and 0 < len(there) < 100
+
+
+def test_what_was_done_before_a_break_is_told(photo: Image.Image) -> None:
+    photo.save("a.png")
+    tasks = [Task(Path("a.png"), Path(f"out/{k}.perco")) for k in range(8)]
+    told: list[batch.Result | batch.Thumbnailed] = []
+    results = batch.convert(tasks, Settings(effort=0, thumbnails=False), told.append)
+    told.append(next(results))
+    wait_for(lambda: len(list(Path("out").glob("*.perco"))) > 2)
+    results.close()
+    assert sorted(done.task.target.name for done in told if isinstance(done, batch.Result)) == names("out")
+
+
+def test_threads_that_cannot_be_started_are_told(photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo.save("a.png")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread is not first:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    work = batch._Work([Task(Path("a.png"), Path("a.perco"))], Settings())
+    first = work._writers[0]
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(NotEnoughMemory, match="threads cannot be started"):
+        list(work.results())
+    work.stop()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -373,6 +440,35 @@ def test_a_name_that_leaves_no_room_for_the_suffix_fails_alone(
     found = [done for done in batch.convert(tasks, Settings(thumbnails=False)) if isinstance(done, batch.Result)]
     failed = [done.error for done in found if done.status == "failed"]
     assert names("out") == ["a.perco"] and len(failed) == 1 and os.strerror(errno.ENAMETOOLONG) in failed[0]
+
+
+@pytest.mark.parametrize("name", ["in", "in[1]"])
+def test_a_folder_that_vanishes_for_a_moment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant in ("POLL_SECONDS", "REST", "SETTLED_SECONDS", "UNKNOWN_SECONDS"):
+        monkeypatch.setattr(watch, constant, 0)
+    rests = iter(range(40))
+
+    def sleep(_: float) -> None:
+        if next(rests, None) is None:
+            raise InterruptedError
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "a.png").touch()
+    tasks = watch.watch(Request([name], "out"), "overwrite")
+    assert next(tasks).source == folder / "a.png"
+    for size in range(2):
+        folder.rename("away")
+        gone = next(tasks)
+        assert gone.source == folder and "this folder cannot be read" in gone.problem
+        Path("away").rename(folder)
+        Path(folder, "b.png").write_bytes(bytes(size))
+        assert next(tasks).source == folder / "b.png"
+    folder.rename("away")
+    next(tasks)
+    with pytest.raises(InterruptedError):  # it was told once
+        next(tasks)
 
 
 def test_a_look_that_takes_long_is_followed_by_a_long_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,6 +648,23 @@ def test_what_comes_meanwhile_is_not_replaced(photo: Image.Image) -> None:
     assert Path("a.perco").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(("skip", "status"), [(False, "failed"), (True, "skipped")])
+def test_what_comes_at_the_last_moment_is_not_replaced(
+    skip: bool, status: str, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo.save("a.png")
+    tasks = [Task(Path("a.png"), Path("a.perco"))]
+    monkeypatch.setattr(os, "fsync", lambda _: Path("a.perco").write_bytes(b"precious"))
+    settings = Settings(effort=0, thumbnails=False, skip_existing=skip, delete_source=True)
+    (done,) = batch.convert(tasks, settings)
+    assert isinstance(done, batch.Result) and done.status == status
+    assert ("--overwrite replaces it" in done.error) != skip
+    assert Path("a.perco").read_bytes() == b"precious" and names(".") == ["a.perco", "a.png"]
+    monkeypatch.setattr(batch, "_read_photo", lambda *_: pytest.fail("it was read"))
+    (done,) = batch.convert(tasks, settings)
+    assert isinstance(done, batch.Result) and done.status == status
+
+
 def test_two_names_of_one_file_are_not_written_one_over_the_other(photo: Image.Image) -> None:
     """As A.perco and a.perco are on some file systems; here, by a link that comes between the two."""
     for name in ("a.png", "b.png"):
@@ -577,6 +690,11 @@ def test_captions_with_a_mark_before_them(photo: Image.Image) -> None:
     Path("b.txt").write_bytes("Käuzchen".encode("latin-1"))
     result = convert("a.png", "b.png", "out/")
     assert result.exit_code == 1 and "b.txt is not in UTF-8" in result.stderr and names("out") == ["a.perco"]
+    Path("b.txt").write_text("x" * 4097)
+    result = convert("b.png", "out/")
+    assert result.exit_code == 1 and "b.txt has more than 4096 bytes" in result.stderr
+    assert "--no-sidecars" in result.stderr and convert("b.png", "out/", "--no-sidecars").exit_code == 0
+    Path("out/b.perco").unlink()
     with Image.open("out/a.perco") as image:
         assert image.info["perco"]["caption"] == "a barn owl"
 

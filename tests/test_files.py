@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from conftest import reachable
@@ -103,6 +104,28 @@ def test_new_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path) ->
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "private")] == [0o640, 0o666]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
+def test_a_new_file_takes_no_place_that_is_taken_at_the_last_moment(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    write_beside(tmp_path / "new", b"new", new=True)
+    other = tmp_path / "other"
+    monkeypatch.setattr(os, "fsync", lambda _: other.write_bytes(b"precious"))
+    with pytest.raises(FileExistsError):
+        write_beside(other, b"new", new=True)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        write_beside(tmp_path / "link", b"new", new=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.exists()} == {
+        "new": b"new", "other": b"precious",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
