@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 import pillow_perco
 from perco_engine import get_engine, preview
 from perco_engine.codes import Metadata
+from perco_engine.evaluation import bench
 from perco_engine.evaluation.contact_sheet import samples_sheet
 from perco_engine.picture_files import picture_bytes
 from perco_engine.thumbnails import cache_paths, uri
@@ -225,10 +226,13 @@ def test_demo(jpeg: Path, tmp_path: Path) -> None:
     assert width > 4 * 192 and height > 2 * 128
 
 
-def test_bench(jpeg: Path) -> None:
-    result = perco("bench", "--photo", jpeg, "--json", "--times", 1)
-    assert result.exit_code == 0
-    assert json.loads(result.output)["figures"]["Image.open (ms)"] > 0
+def test_bench_as_a_table_and_as_json(jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_docs.py has it measure."""
+    measured = {"machine": {"threads": 2}, "picture": "768x512", "figures": {"a (s)": 0.5, "decode (s)": 12.0}}
+    monkeypatch.setattr(bench, "measure", lambda _photo, _times: measured)
+    assert json.loads(perco("bench", "--photo", jpeg, "--json").output) == measured
+    lines = perco("bench", "--photo", jpeg).output.splitlines()
+    assert lines == ["threads 2", "a (s)              0.5", "decode (s)          12"]
 
 
 def test_doctor() -> None:

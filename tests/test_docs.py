@@ -52,6 +52,8 @@ def test_the_commands_of_the_readme_run(photo: Image.Image, tmp_path: Path, monk
         faults_are_told = arguments == ["desktop", "status"]
         assert isinstance(result.exception, SystemExit | None), (line, result.output)
         assert result.exit_code == 0 or faults_are_told, (line, result.output)
+        if arguments[0] == "bench":
+            assert re.search(r"^Image\.open \(ms\) +[0-9.]+$", result.output, re.MULTILINE)
     assert Path("out.png").exists() and Path("perco-demo.png").exists()
 
 
