@@ -36,10 +36,12 @@ def choose(
     level: the rate point, 0..len(rate_points)-1; None is the highest.
     shifts: for a ladder, what is added to the codes of each grid before they are chosen, (b, c, rows, columns).
     thrift: how many times as much as usual a bit of a ladder's codes costs.
+
+    Raises NotFinite where the hyper-encoder makes numbers that are none.
     """
     if not isinstance(hyper_enc, HyperLadder):
         output = hyper_enc(latents, level)
-        check_finite(output.z, "hyper-encoder", hyper_enc)  # of what is no number the first code would be the nearest
+        check_finite(output.z, "hyper-encoder", hyper_enc)
         indices = output.indices
         return indices if isinstance(indices, tuple) else (indices,)
     level = len(hyper_enc.levels) - 1 if level is None else level
@@ -52,8 +54,7 @@ def choose(
         estimate = torch.cat([estimate for estimate, _ in chosen])
         grids = [torch.cat(grid) for grid in zip(*(grids for _, grids in chosen), strict=True)]
     for k, rung in enumerate(hyper_enc.levels[len(grids) : level + 1], len(grids)):
-        costs = rung.distances(_shifted(rung.encode(latents, estimate), shifts, k))
-        check_finite(costs, "hyper-encoder", hyper_enc)
+        costs = rung.distances(_codes(hyper_enc, k, latents, estimate, shifts))
         grids.append((costs + thrift * rung.rate_weight * rung.bits).argmin(-1))
         estimate = rung.decode(rung.look_up(grids[-1]), estimate)
     return tuple(grids)
@@ -74,7 +75,7 @@ def _coarsest(
     walk = prior.walk(ladder.rate_points[level], columns * LATENT_PX, rows * LATENT_PX, cheapest)
     estimate, grids = torch.zeros_like(latents), list[Tensor]()
     for k, (weight, rung) in enumerate(zip(ladder.config.prior_weights, ladder.levels[: level + 1], strict=False)):
-        codes = _shifted(rung.encode(latents, estimate), shifts, k)
+        codes = _codes(ladder, k, latents, estimate, shifts)
         distances = (rung.distances(codes)[0] / (weight * thrift)).cpu().numpy()
         indices = torch.from_numpy(next(walk)).long()[None].to(latents.device)
         estimate = rung.decode(rung.look_up(indices), estimate)
@@ -82,6 +83,8 @@ def _coarsest(
     return estimate, grids
 
 
-def _shifted(codes: Tensor, shifts: Sequence[Tensor], level: int) -> Tensor:
-    """Continuous codes, moved by what their level's shifts say, if there are any."""
+def _codes(ladder: HyperLadder, level: int, latents: Tensor, estimate: Tensor, shifts: Sequence[Tensor]) -> Tensor:
+    """Continuous codes of a level, moved by what its shifts say, if there are any.  Raises NotFinite."""
+    codes = ladder.levels[level].encode(latents, estimate)
+    check_finite(codes, "hyper-encoder", ladder)  # to what is no number the first code would be the nearest
     return codes + shifts[level] if shifts else codes

@@ -24,6 +24,7 @@ from perco_engine.errors import (
     InvalidModel,
     LimitExceeded,
     ModelUnavailable,
+    NotFinite,
     TruncatedFile,
     UnsupportedRatePoint,
 )
@@ -451,3 +452,12 @@ def test_the_shortest_way_that_leaves_as_many_pixels_as_are_asked_for(
 ) -> None:
     assert _reduction(*size, most) == expected
     assert -(-max(size) // expected) >= most
+
+
+def test_coarse_codes_of_numbers_that_are_none_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the prior helps to choose, too: the first code would be the nearest to all of them."""
+    engine = get_engine()
+    rung = engine.pipeline.hyper_enc.levels[0]
+    monkeypatch.setattr(rung, "encode", lambda latents, _: torch.full_like(latents[..., ::8, ::8], torch.nan))
+    with pytest.raises(NotFinite, match="hyper-encoder"):
+        engine.encode(Image.new("RGB", (64, 64)), bpp=0.002, effort=0)
