@@ -17,7 +17,6 @@ from PIL import Image
 
 from . import bitstream, installation, pixels, rates, weights  # noqa: F401 (installation must come first)
 from .batch_options import DecodeOptions, EncodeOptions, for_each
-from .bitstream.header import MAX_SIDE_PX
 from .bitstream.prior import Prior
 from .captioner import Captioner, choose_captions
 from .codes import DEFAULT_SEED, MAX_PIXELS, Codes, Metadata, ModelReference
@@ -173,11 +172,7 @@ class Engine:
         given: list[Metadata | None] = for_each(metadata, len(images), "metadata blocks")
         blocks = [Metadata() if block is None else check_metadata(block) for block in given]
         for image in images:
-            check_picture(image).load()  # before this engine is at work: a .perco file is decoded by one
-            if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
-                raise ValueError(
-                    f"a .perco picture has 1 to {MAX_SIDE_PX} pixels a side, not {image.width}x{image.height}"
-                )
+            check_picture(image)  # which loads it before this engine is at work: a .perco file is decoded by one
         captions = choose_captions(caption, captioner, images, self.device)
         files = []
         for image, indices, text, block in zip(images, self.indices(images, level), captions, blocks, strict=True):
@@ -271,7 +266,7 @@ class Engine:
                     f"the picture has {header.width_px}x{header.height_px} pixels, more than {MAX_PIXELS}: "
                     f"raise perco_engine.engine.MAX_PIXELS if you trust the file"
                 )
-            codes = engine.codes(data, allow_truncated=allow_truncated)
+            codes = engine._codes(data, allow_truncated)
             reduction = _reduction(codes.width_px, codes.height_px, max_size_px)
             jobs.append((engine, _Job(codes, codes.seed if own is None else own, reduction)))
         images: list[Image.Image | None] = [None] * len(jobs)
@@ -292,6 +287,10 @@ class Engine:
         if header.model != self.reference:
             other = weights.find_for_file(header.model, header.rate_point)
             raise ModelUnavailable(f"the file is of another model, {other.name!r}: get_engine_for gives its engine")
+        return self._codes(data, allow_truncated)
+
+    def _codes(self, data: bytes, allow_truncated: bool) -> Codes:
+        """The same, of what is known to be a file of this model."""
         return self.model.codes(
             data, self._file_rate_points, prior=self.prior, coder=CODER, allow_truncated=allow_truncated
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from .bitstream.header import MAX_SEED
+from .bitstream.header import MAX_SEED, MAX_SIDE_PX
 from .codes import Metadata
 from .rates import is_number
 
@@ -27,9 +27,12 @@ def check_guidance_scale(value: Any) -> float:
 
 
 def check_picture(image: Any) -> Image.Image:
-    """A picture of Pillow's.  Raises TypeError."""
+    """A picture of Pillow's, loaded, of sides that a file can have.  Raises TypeError, ValueError."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"a picture must be one of Pillow's (Image.fromarray makes them), not {type(image).__name__}")
+    image.load()
+    if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
+        raise ValueError(f"a .perco picture has 1 to {MAX_SIDE_PX} pixels a side, not {image.width}x{image.height}")
     return image
 
 

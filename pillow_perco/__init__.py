@@ -42,5 +42,5 @@ def save(image: Image.Image, path: str | bytes | os.PathLike[str], **options: An
     no picture or no path.
     """
     place(path)
-    check_picture(image).load()
+    check_picture(image)
     write_beside(path, encode(image, options))
