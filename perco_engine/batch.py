@@ -8,10 +8,8 @@ it, and the budget gets it back when the picture is written or has failed.  The 
 they take what has been read, up to engine.BATCH_PIXELS of one size (batch_networks.py).
 """
 
-import io
 import os
 import queue
-import stat
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,12 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-from . import files, picture_files, thumbnails
+from . import batch_files, files, picture_files, thumbnails
 from .batch_networks import Item, Networks, Settings, next_batch
-from .bitstream import read_header
-from .bitstream.chunks import MAX_CAPTION_BYTES
 from .conversion import Task
 from .errors import NotEnoughMemory, PercoError, full_text
 from .printable import printable
@@ -213,7 +207,11 @@ class _Work:
                 if task.problem:
                     raise ValueError(task.problem)
                 self._check_place(task)
-                item = _read_photo(task, self._settings, take) if task.encodes else _read_perco(task, take)
+                item = (
+                    batch_files.read_photo(task, self._settings, take)
+                    if task.encodes
+                    else batch_files.read_perco(task, take)
+                )
             except Exception as error:
                 self._fail(task, taken, error)
             else:
@@ -309,8 +307,8 @@ class _Work:
                 raise _IsThere(target) from error
             self._made[_file_number(target)] = item.task
         if self._settings.delete_source:
-            _check_written(item, self._networks)
-            _remove_source(item)
+            batch_files.check_written(item, self._networks)
+            batch_files.remove_source(item)
         return len(item.data)
 
     def _check_place(self, task: Task) -> None:
@@ -329,84 +327,3 @@ def _file_number(path: Path) -> tuple[int, int]:
     """What tells a file from all others, whatever its name."""
     state = path.stat()
     return state.st_dev, state.st_ino
-
-
-def _read_photo(task: Task, settings: Settings, take: Callable[[int], None]) -> Item:
-    state = _state(task.source)
-    with Image.open(task.source) as opened:
-        if opened.format == "PERCO":
-            raise ValueError("this is a .perco file already, whatever its name says")
-        # Of an MPO file the others are smaller copies, or for another eye.
-        if settings.delete_source and opened.format != "MPO" and (frames := getattr(opened, "n_frames", 1)) > 1:
-            raise ValueError(
-                f"it has {frames} frames or pages, and a .perco file holds one: it was not converted; leave "
-                f"--delete-source out to convert its first"
-            )
-        pixels = opened.width * opened.height
-        take(pixels)
-        photo = picture_files.read_photo(opened, settings.keep_metadata)
-    caption = settings.caption
-    if caption is None and settings.sidecars:
-        caption = _sidecar_caption(task.source)
-    size = photo.image.size
-    return Item(task, pixels, size, state, size, photo.image, caption=caption, metadata=photo.metadata)
-
-
-def _sidecar_caption(photo: Path) -> str | None:
-    """The text beside a photo, if any.  Raises OSError, and ValueError for what no caption can be."""
-    text = picture_files.sidecar_caption(photo)
-    if text and len(text.encode()) > MAX_CAPTION_BYTES:
-        named = printable(picture_files.sidecar(photo))
-        raise ValueError(f"{named} has more than {MAX_CAPTION_BYTES} bytes: shorten this caption, or say --no-sidecars")
-    return text
-
-
-def _read_perco(task: Task, take: Callable[[int], None]) -> Item:
-    state = _state(task.source)
-    data = files.read_perco_file(task.source)
-    header = read_header(data)
-    size = header.width_px, header.height_px
-    take(size[0] * size[1])
-    key = (*size, header.model, header.rate_point)
-    return Item(task, size[0] * size[1], size, state, key, data=data, metadata=header.metadata)
-
-
-def _state(path: Path) -> os.stat_result:
-    """Size and times of a file.  Raises OSError unless it is a regular one: others might never end."""
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise OSError("this is no file")
-    return state
-
-
-def _check_written(item: Item, networks: Networks) -> None:
-    """Reads the target back from the disk.  Raises OSError unless it may take the source's place."""
-    size = item.size
-    try:
-        written = item.task.target.read_bytes()
-        if written == item.data and item.task.encodes:
-            networks.check(written)
-        elif written == item.data:
-            with Image.open(io.BytesIO(written)) as picture:
-                picture.load()
-                size = picture.size
-    except Exception as error:  # of many kinds, see `_fail`
-        raise OSError("written, but could not be read back: the source was kept") from error
-    if written != item.data:
-        raise OSError("what was written reads differently: the source was kept")
-    if size != item.size:
-        raise OSError(f"the written picture has {size[0]}x{size[1]} pixels: the source was kept")
-
-
-def _remove_source(item: Item) -> None:
-    """Raises OSError where the source is gone already, was changed since it was read, or cannot be removed."""
-    try:
-        now = _state(item.task.source)
-        if (now.st_size, now.st_mtime_ns) == (item.state.st_size, item.state.st_mtime_ns):
-            item.task.source.unlink()
-            return
-    except FileNotFoundError as error:
-        raise FileNotFoundError("written; the source is gone") from error
-    except OSError as error:
-        raise OSError(f"written; the source could not be removed ({error.strerror or error})") from error
-    raise OSError("written; the source was changed meanwhile, and was kept")

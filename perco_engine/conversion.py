@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import picture_files
 from .errors import ConversionError
+from .files import may_write
 from .printable import MOST_TOLD, printable, some
 
 PERCO = ".perco"
@@ -78,8 +79,8 @@ def is_perco(path: Path) -> bool:
     return path.suffix.lower() == PERCO
 
 
-def _is_folder(path: Path) -> bool:
-    """Whether this is a folder that one may look into; no error where nobody may look, as Path.is_dir has it."""
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder that one may look into; no error where one may not, or a drive fails, as Path.is_dir."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
@@ -129,7 +130,7 @@ def check_folder(request: Request) -> None:
     """Raises ConversionError unless the destination is a folder, or may become one."""
     destination = Path(request.destination)
     named_like_a_file = not request.destination.endswith(("/", os.sep)) and _is_picture_name(destination)
-    if not _is_folder(destination) and (os.path.lexists(destination) or named_like_a_file):
+    if not is_folder(destination) and (os.path.lexists(destination) or named_like_a_file):
         raise ConversionError(
             f"{printable(destination)} is no folder: several files need one to go to; end a new one's name with /"
         )
@@ -190,19 +191,19 @@ def _expand(text: str, recursive: bool) -> Iterator[tuple[Path, Path, bool, str]
     Last, why it cannot be read, or "".
     """
     path = Path(text)
-    if _is_folder(path):
+    if is_folder(path):
         yield from ((path, file, True, problem) for file, problem in scan(path, recursive))
     elif os.path.lexists(path) or not glob.has_magic(text):
         yield path.parent, path, False, _problem(path)
     else:
         found = set(_matches(path))
         if text.endswith(("/", os.sep)):  # which Path leaves out
-            found = {match for match in found if _is_folder(match)}
+            found = {match for match in found if is_folder(match)}
         if not found:
             raise ConversionError(f"{printable(text)} matches nothing")
         base = _base(path) if "**" in path.parts else None
         for match in sorted(found, key=lambda match: (match.is_symlink(), match)):
-            if _is_folder(match):
+            if is_folder(match):
                 below = scan(match, True) if recursive else []
                 yield from ((base or match.parent, file, True, problem) for file, problem in below)
             else:
@@ -233,7 +234,7 @@ def _matches(pattern: Path) -> Iterator[Path]:
         for parent, folders, _ in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = _matches(Path(glob.escape(parent), *(rest or ("*",))))
-            yield from (match for match in below if not (match.is_symlink() and _is_folder(match)))
+            yield from (match for match in below if not (match.is_symlink() and is_folder(match)))
 
 
 def _base(pattern: Path) -> Path:
@@ -256,11 +257,11 @@ def _bare(path: Path, kinds: Collection[str]) -> Path:
 def _single_target(request: Request, suffix: str | None) -> Task | None:
     """The task where one file is to become one file of a name that is given, else None."""
     destination = Path(request.destination)
-    if len(request.sources) != 1 or request.destination.endswith(("/", os.sep)) or _is_folder(destination):
+    if len(request.sources) != 1 or request.destination.endswith(("/", os.sep)) or is_folder(destination):
         return None
     source = Path(request.sources[0])
     is_glob = glob.has_magic(request.sources[0]) and not os.path.lexists(source)
-    if _is_folder(source) or is_glob or not destination.suffix:
+    if is_folder(source) or is_glob or not destination.suffix:
         return None
     if not _is_picture_name(destination):
         raise ConversionError(
@@ -319,11 +320,9 @@ def _check(tasks: Sequence[Task]) -> None:
 def _nearest_folder(folder: Path) -> tuple[Path, str]:
     """What is there of a folder and those above it, the nearest; and why nothing can be made in it, or ""."""
     there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
-    if not _is_folder(there):
+    if not is_folder(there):
         return there, f"{printable(there)} is no folder"
-    effective = os.access in os.supports_effective_ids
-    writable = os.access(there, os.W_OK | os.X_OK, effective_ids=effective)
-    return there, "" if writable else f"nothing can be written in the folder {printable(there)}"
+    return there, "" if may_write(there) else f"nothing can be written in the folder {printable(there)}"
 
 
 def _target_problem(target: Path, nearest: Callable[[Path], tuple[Path, str]]) -> str:

@@ -51,7 +51,7 @@ def place(path: str | bytes | os.PathLike[str]) -> tuple[Path, int | None]:
         return named, None
     if stat.S_ISDIR(there):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(named))
-    if stat.S_ISREG(there) and not _may_write(named):
+    if stat.S_ISREG(there) and not may_write(named):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(named))
     return named, there
 
@@ -139,14 +139,16 @@ def make_place(path: Path) -> None:
             _, there = place(path)
         if there is None or stat.S_ISREG(there):  # and no device, which is not replaced
             asked = path.resolve().parent
-            if not _may_write(asked):
+            if not may_write(asked):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(f"{printable(asked)} cannot be written to: {error.strerror}") from error
 
 
-def _may_write(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+def may_write(path: Path) -> bool:
+    """Whether this process may write to a file, or make files in a folder."""
+    mode = os.W_OK | os.X_OK if path.is_dir() else os.W_OK
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .conversion import PERCO, Request, Source, Task, check_folder, find, is_perco
+from .conversion import PERCO, Request, Source, Task, check_folder, find, is_folder, is_perco
 from .conversion import target as target_of
 from .printable import printable
 
@@ -81,8 +81,8 @@ def watch(request: Request, existing: str | None = None) -> Iterator[Task]:
 
 def _look(folder: Path, request: Request) -> list[Source]:
     """The files of the folder, as `find` has them; where the folder is gone, itself with that as its problem."""
-    found = list(find(request)) if _is_folder(folder) else []
-    if _is_folder(folder):  # still: from a drive that goes meanwhile files are missing
+    found = list(find(request)) if is_folder(folder) else []
+    if is_folder(folder):  # still: from a drive that goes meanwhile files are missing
         return found
     return [Source(folder, Path(folder.name or "folder"), True, "this folder cannot be read: it is not there")]
 
@@ -112,11 +112,6 @@ def _problem(target: Path, owner: Path, source: Path, overwrite: bool) -> str:
 def _is_there(path: Path) -> bool:
     """Whether there is such a file; no error where the name is longer than one can be, as Path.exists has it."""
     return os.path.exists(path)  # noqa: PTH110
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether there is such a folder; no error where a drive fails, as Path.is_dir has it."""
-    return os.path.isdir(path)  # noqa: PTH112
 
 
 def _state(path: Path) -> State | None:

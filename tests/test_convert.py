@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from conftest import opened_size, reachable
 from PIL import Image
 
-from perco_engine import batch, thumbnails, watch
+from perco_engine import batch, batch_files, thumbnails, watch
 from perco_engine.batch_networks import Settings
 from perco_engine.conversion import Request, Task
 from perco_engine.errors import ModelUnavailable, NotEnoughMemory
@@ -660,7 +660,7 @@ def test_what_comes_at_the_last_moment_is_not_replaced(
     assert isinstance(done, batch.Result) and done.status == status
     assert ("--overwrite replaces it" in done.error) != skip
     assert Path("a.perco").read_bytes() == b"precious" and names(".") == ["a.perco", "a.png"]
-    monkeypatch.setattr(batch, "_read_photo", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(batch_files, "read_photo", lambda *_: pytest.fail("it was read"))
     (done,) = batch.convert(tasks, settings)
     assert isinstance(done, batch.Result) and done.status == status
 
